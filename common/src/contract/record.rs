@@ -1,0 +1,77 @@
+//! What the registry holds of a node. Load is never written there: it comes back with each health probe.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Color, NodeId, SiteName};
+
+/// Version of the record's form; readers skip records of a later one.
+pub const RECORD_VERSION: u32 = 1;
+
+/// One node, as `/tidegate/v1/{cluster}/nodes/{node_id}` holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRecord {
+    /// [`RECORD_VERSION`] when it was written.
+    pub v: u32,
+    /// The node's id.
+    pub id: NodeId,
+    /// `host:port` that balancers reach it by.
+    pub address: String,
+    /// Whether it speaks TLS there.
+    #[serde(default)]
+    pub tls: bool,
+    /// The model's name in the API.
+    pub model: String,
+    /// Version of the model or its deployment.
+    #[serde(default)]
+    pub version: String,
+    /// Blue or green.
+    #[serde(default = "blue")]
+    pub color: Color,
+    /// Where it stands.
+    #[serde(default = "local")]
+    pub site: SiteName,
+    /// Share in round-robin, 1 to 1000.
+    #[serde(default = "one")]
+    pub weight: u32,
+}
+
+impl NodeRecord {
+    /// A record with defaults for all that is not given.
+    pub fn new(id: NodeId, address: String, model: String) -> Self {
+        Self {
+            v: RECORD_VERSION,
+            id,
+            address,
+            tls: false,
+            model,
+            version: String::new(),
+            color: blue(),
+            site: local(),
+            weight: one(),
+        }
+    }
+}
+
+fn blue() -> Color {
+    "blue".parse().expect("'blue' is a valid name")
+}
+
+fn local() -> SiteName {
+    "local".parse().expect("'local' is a valid name")
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_of_few_words_gets_defaults_and_a_later_field_is_no_fault() {
+        let text = r#"{"v":1,"id":"n1","address":"127.0.0.1:1","model":"m","later":true}"#;
+        let record: NodeRecord = serde_json::from_str(text).unwrap();
+        assert_eq!(record, NodeRecord::new("n1".parse().unwrap(), "127.0.0.1:1".into(), "m".into()));
+    }
+}

@@ -1,0 +1,12 @@
+//! What balancer and node share: names, configuration primitives, the wire contract, the registry, shutdown, telemetry.
+//!
+//! This crate knows neither server. A thing belongs here only when both of them need it; what crosses a process is a type in
+//! [`contract`], what comes from a file passes through [`config`].
+
+pub mod ids;
+pub mod config;
+pub mod contract;
+pub mod registry;
+pub mod tls;
+pub mod shutdown;
+pub mod telemetry;

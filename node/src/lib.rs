@@ -1,0 +1,3 @@
+//! The inference server.
+
+pub mod models;

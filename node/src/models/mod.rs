@@ -1,0 +1,1 @@
+//! Models on disk: references, the catalogue, the cache, pulling and verifying.
