@@ -1,1 +1,43 @@
-//! stub
+//! The edge of a Tidegate cluster: it takes requests from the network and carries each stream to its end, whatever happens to nodes.
+//!
+//! The modules stand in the order in which a request meets them:
+//!
+//! `bind` takes the sockets before anything else runs. A connection is judged by its address in `accept` and secured in `tls`;
+//! `serve` reads its requests one after another and closes what HTTP leaves open. Each request gets its state in `ctx`, shows its
+//! key in `auth`, takes its place in `limits`, is told in `body` and `route` which model it wants, and is carried by `relay` to the
+//! node that `pick` chose, and on to the next when that one is lost. `answer` writes what the edge says itself, and `record` makes
+//! exactly one terminal record of it all.
+//!
+//! Beside the request: `discover` follows the registry and `health` probes each member; both feed `pool`, whose one writer publishes
+//! immutable snapshots. `metrics` counts, `admin` shows it on a private listener, `drain` waits for open requests at the end.
+//!
+//! Pingora carries the connections: its listeners, connection filter, HTTP/1.1 and HTTP/2 sessions and its pooled connector. Its
+//! `Server` and `HttpProxy` are left out on purpose: the first ends after a fixed sleep instead of when the last stream has ended,
+//! the second reads a request's head without a total deadline and answers a broken one in its own words.
+
+mod config;
+mod bind;
+mod holder;
+mod run;
+mod accept;
+mod tls;
+mod serve;
+mod ctx;
+mod auth;
+mod limits;
+mod body;
+mod route;
+mod pick;
+mod relay;
+mod answer;
+mod record;
+mod discover;
+mod health;
+mod pool;
+mod metrics;
+pub mod admin;
+mod drain;
+
+pub use bind::Balancer;
+pub use config::BalancerConfig;
+pub use run::{RunError, run};

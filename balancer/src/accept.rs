@@ -1,0 +1,149 @@
+//! Who may connect, judged by address alone and before TLS: a refused address sees its connection closed, never a handshake.
+//!
+//! Pingora asks [`Gate`] right after `accept`; the count of connections per address is held by a permit for as long as one lives.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use pingora::listeners::ConnectionFilter;
+use prometheus::IntCounter;
+use tidegate_common::config::Reader;
+
+/// Addresses that may connect; what `deny` names may not, whatever `allow` says.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Allowlist {
+    allow: Option<Vec<Network>>,
+    deny: Vec<Network>,
+}
+
+/// A network, or a single address as a network of one.
+#[derive(Debug, Clone, Copy)]
+struct Network(IpNet);
+
+impl FromStr for Network {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+        network.map(Self).map_err(|_| "is neither an address nor a network such as 10.0.0.0/8".into())
+    }
+}
+
+impl Allowlist {
+    /// Reads `allow` and `deny`.
+    pub(crate) fn read(r: &Reader<'_>) -> Self {
+        let allow = r.parse_list::<Network>("allow");
+        if allow.as_ref().is_some_and(Vec::is_empty) {
+            r.problem("allow", "an empty list lets nobody in", "list networks, or remove the key to let everybody in");
+        }
+        Self { allow, deny: r.parse_list("deny").unwrap_or_default() }
+    }
+
+    /// Whether `ip` may connect.
+    pub(crate) fn permits(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        let within = |networks: &[Network]| networks.iter().any(|network| network.0.contains(&ip));
+        !within(&self.deny) && self.allow.as_deref().is_none_or(within)
+    }
+}
+
+/// The allowlist at the door.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    pub(crate) allowlist: Allowlist,
+    pub(crate) refused: IntCounter,
+}
+
+#[async_trait]
+impl ConnectionFilter for Gate {
+    async fn should_accept(&self, address: Option<&SocketAddr>) -> bool {
+        let accepted = address.is_some_and(|address| self.allowlist.permits(address.ip()));
+        if !accepted {
+            self.refused.inc();
+        }
+        accepted
+    }
+}
+
+/// Counts the connections of each address.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    open: Mutex<HashMap<IpAddr, usize>>,
+    per_address_max: usize,
+}
+
+impl Connections {
+    pub(crate) fn new(per_address_max: usize) -> Arc<Self> {
+        Arc::new(Self { open: Mutex::default(), per_address_max })
+    }
+
+    /// A place for one more connection of `ip`, given back when the permit is dropped.
+    pub(crate) fn enter(self: &Arc<Self>, ip: IpAddr) -> Option<ConnectionPermit> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.entry(ip).or_default();
+        if *count >= self.per_address_max {
+            return None;
+        }
+        *count += 1;
+        Some(ConnectionPermit { connections: Arc::clone(self), ip })
+    }
+}
+
+/// One connection's place.
+#[derive(Debug)]
+pub(crate) struct ConnectionPermit {
+    connections: Arc<Connections>,
+    ip: IpAddr,
+}
+
+impl Drop for ConnectionPermit {
+    fn drop(&mut self) {
+        let mut open = self.connections.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = open.get_mut(&self.ip) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&self.ip);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn networks(texts: &[&str]) -> Vec<Network> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn deny_goes_over_allow_and_absence_means_everybody() {
+        let all = Allowlist::default();
+        assert!(all.permits("203.0.113.9".parse().unwrap()));
+        let some = Allowlist { allow: Some(networks(&["10.0.0.0/8", "::1"])), deny: networks(&["10.1.0.0/16"]) };
+        for (ip, permitted) in
+            [("10.2.0.1", true), ("10.1.0.1", false), ("11.0.0.1", false), ("::1", true), ("::ffff:10.2.0.1", true)]
+        {
+            assert_eq!(some.permits(ip.parse().unwrap()), permitted, "{ip}");
+        }
+    }
+
+    #[test]
+    fn places_come_back_when_connections_end() {
+        let connections = Connections::new(2);
+        let ip = IpAddr::from([127, 0, 0, 1]);
+        let first = connections.enter(ip);
+        let _second = connections.enter(ip).unwrap();
+        assert!(connections.enter(ip).is_none());
+        assert!(connections.enter(IpAddr::from([127, 0, 0, 2])).is_some());
+        drop(first);
+        assert!(connections.enter(ip).is_some());
+        assert_eq!(connections.open.lock().unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,107 @@
+//! The few things the edge must know of a generation's body. Everything else in it passes to the node untouched.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize, de::IgnoredAny};
+use tidegate_common::contract::{ApiError, Resume};
+
+/// More choices than any node accepts; bounds what a stream's memory is sized by.
+pub(crate) const CHOICES_MAX: u32 = 128;
+
+/// What the edge reads of a body.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Wish {
+    /// The model asked for, if one is named.
+    pub(crate) model: Option<String>,
+    /// Whether the client wants a stream.
+    pub(crate) stream: bool,
+    /// Whether the client chose the seed itself.
+    pub(crate) seeded: bool,
+    /// How many answers it wants.
+    pub(crate) choices: u32,
+}
+
+#[derive(Deserialize)]
+struct RawWish<'a> {
+    #[serde(borrow)]
+    model: Option<Field<Cow<'a, str>>>,
+    stream: Option<Field<bool>>,
+    n: Option<Field<u32>>,
+    seed: Option<IgnoredAny>,
+    tidegate_resume: Option<IgnoredAny>,
+}
+
+/// A field of the right type, or of another; the difference is told by its name instead of failing the whole body.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Field<T> {
+    Right(T),
+    Wrong(IgnoredAny),
+}
+
+impl<T> Field<T> {
+    fn right(this: Option<Self>, name: &str, expected: &str) -> Result<Option<T>, ApiError> {
+        match this {
+            None => Ok(None),
+            Some(Self::Right(value)) => Ok(Some(value)),
+            Some(Self::Wrong(_)) => Err(ApiError::invalid(name, format!("'{name}' must be {expected}"))),
+        }
+    }
+}
+
+impl Wish {
+    /// Reads a body.
+    pub(crate) fn read(body: &[u8]) -> Result<Self, ApiError> {
+        let text = std::str::from_utf8(body).map_err(|e| {
+            broken(format!("broken JSON: the body is not UTF-8 after its first {} bytes", e.valid_up_to()))
+        })?;
+        if !text.trim_start().starts_with('{') {
+            return Err(broken("broken JSON: the body must be one JSON object".into()));
+        }
+        let raw: RawWish<'_> = serde_json::from_str(text).map_err(|e| broken(format!("broken JSON: {e}")))?;
+        if raw.tidegate_resume.is_some() {
+            return Err(ApiError::invalid(Resume::FIELD, format!("'{}' is not for clients", Resume::FIELD)));
+        }
+        Ok(Self {
+            model: Field::right(raw.model, "model", "text")?.map(Cow::into_owned),
+            stream: Field::right(raw.stream, "stream", "true or false")?.unwrap_or(false),
+            seeded: raw.seed.is_some(),
+            // a wrong n is the node's to refuse
+            choices: Field::right(raw.n, "n", "").ok().flatten().unwrap_or(1).clamp(1, CHOICES_MAX),
+        })
+    }
+}
+
+fn broken(message: String) -> ApiError {
+    ApiError { param: None, code: "invalid_json", ..ApiError::invalid("", message) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_edge_needs_is_read_and_the_rest_ignored() {
+        let wish = Wish::read(br#" {"messages":[{"x":[1]}],"model":"m\u0041","stream":true,"seed":0,"n":2} "#).unwrap();
+        assert_eq!(wish, Wish { model: Some("mA".into()), stream: true, seeded: true, choices: 2 });
+        let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many"}"#).unwrap();
+        assert_eq!(wish, Wish { model: None, stream: false, seeded: false, choices: 1 });
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (body, param) in [
+            (&b"{"[..], None),
+            (b"[]", None),
+            (b"", None),
+            (b"{\"a\":\"\xff\"}", None),
+            (b"{} {}", None),
+            (br#"{"model":7}"#, Some("model")),
+            (br#"{"model":"m","stream":"yes"}"#, Some("stream")),
+            (br#"{"model":"m","tidegate_resume":{"tokens":[]}}"#, Some("tidegate_resume")),
+        ] {
+            let error = Wish::read(body).unwrap_err();
+            assert_eq!((error.status(), error.param.as_deref()), (400, param), "{}", String::from_utf8_lossy(body));
+        }
+    }
+}

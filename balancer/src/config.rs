@@ -1,0 +1,312 @@
+//! `[balancer]`: read once, checked completely, files included, so that `tidegate check` finds what `run` would.
+//!
+//! A `BalancerConfig` that came out of a run without problems is right; nothing downstream checks again.
+
+use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use bytesize::ByteSize;
+use rustls::ServerConfig;
+use tidegate_common::{
+    config::{Reader, read_pair},
+    tls::{self, Identity, MinVersion},
+};
+
+use crate::{accept::Allowlist, auth::Keys, pool::Rules};
+
+/// Where the edge listens when nothing is said.
+const LISTEN: &str = "127.0.0.1:18789";
+/// Where the private listener stands when nothing is said.
+const ADMIN_LISTEN: &str = "127.0.0.1:18790";
+
+/// The checked `[balancer]` section.
+#[derive(Clone)]
+pub struct BalancerConfig {
+    pub(crate) listen: Vec<SocketAddr>,
+    pub(crate) admin: SocketAddr,
+    pub(crate) threads: usize,
+    pub(crate) allowlist: Allowlist,
+    pub(crate) drain_grace: Duration,
+    pub(crate) tls: Option<Arc<ServerConfig>>,
+    pub(crate) keys: Option<Arc<Keys>>,
+    pub(crate) limits: LimitsConfig,
+    pub(crate) health: HealthConfig,
+    pub(crate) relay: RelayConfig,
+    pub(crate) upstream_tls: Option<UpstreamTls>,
+}
+
+/// `[balancer.limits]`: every bound of what a client may make the edge hold.
+#[derive(Debug, Clone)]
+pub(crate) struct LimitsConfig {
+    /// Largest request body.
+    pub(crate) body_bytes_max: usize,
+    /// Most header lines.
+    pub(crate) headers_max: usize,
+    /// Largest request head.
+    pub(crate) header_bytes_max: usize,
+    /// Requests in flight at once.
+    pub(crate) concurrent_requests_max: usize,
+    /// From a connection's start to the end of TLS, and again to the end of the first head.
+    pub(crate) header_timeout: Duration,
+    /// From the end of a head to the end of its body.
+    pub(crate) body_timeout: Duration,
+    /// How long a kept-alive connection may stay silent.
+    pub(crate) idle_timeout: Duration,
+    /// Connections from one address at once.
+    pub(crate) connections_per_address_max: usize,
+}
+
+/// `[balancer.health]`.
+#[derive(Debug, Clone)]
+pub(crate) struct HealthConfig {
+    /// Between two probes of a member that is well.
+    pub(crate) interval: Duration,
+    /// Bound of one probe.
+    pub(crate) timeout: Duration,
+    /// Probes in a row that decide.
+    pub(crate) rules: Rules,
+}
+
+/// `[balancer.relay]`.
+#[derive(Debug, Clone)]
+pub(crate) struct RelayConfig {
+    /// Bound of one connection to a node.
+    pub(crate) connect_timeout: Duration,
+    /// Silence after which a node counts as lost.
+    pub(crate) stall_timeout: Duration,
+    /// How often one stream may change its node after it has begun.
+    pub(crate) resumes_max: u32,
+    /// Bound of a whole request.
+    pub(crate) request_timeout: Duration,
+}
+
+/// `[balancer.upstream_tls]`: how nodes are verified, and what the edge shows to them.
+#[derive(Debug, Clone)]
+pub(crate) struct UpstreamTls {
+    pub(crate) ca: PathBuf,
+    pub(crate) identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl BalancerConfig {
+    /// Reads `[balancer]`; every problem is noted at `root`, also those of the files it names.
+    pub fn read(root: &Reader<'_>) -> Self {
+        tls::install_provider();
+        let r = root.section("balancer");
+        let insecure = r.get_or("insecure", false);
+        let config = Self {
+            listen: read_listen(&r),
+            admin: read_admin(&r.section("admin"), insecure),
+            threads: r.in_range("threads", 1..=1024, available_threads()),
+            allowlist: Allowlist::read(&r),
+            drain_grace: r.duration_or("drain_grace", Duration::from_secs(30)),
+            tls: read_tls(&r.section("tls")),
+            keys: Keys::read(&r.section("auth")).map(Arc::new),
+            limits: LimitsConfig::read(&r.section("limits")),
+            health: HealthConfig::read(&r.section("health")),
+            relay: RelayConfig::read(&r.section("relay")),
+            upstream_tls: UpstreamTls::read(&r.section("upstream_tls")),
+        };
+        if !insecure {
+            config.demand_protection(&r);
+        }
+        config
+    }
+
+    /// Where clients are served.
+    pub fn listen_addresses(&self) -> &[SocketAddr] {
+        &self.listen
+    }
+
+    /// Where the private listener stands.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Whether clients are served over TLS.
+    pub fn uses_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    fn demand_protection(&self, r: &Reader<'_>) {
+        for (i, address) in self.listen.iter().enumerate().filter(|(_, a)| !a.ip().is_loopback()) {
+            let path = format!("listen[{i}]");
+            if !r.has("tls") {
+                let fix = "set balancer.tls.cert and balancer.tls.key, listen on 127.0.0.1, or say insecure = true";
+                r.problem(&path, format!("{address} can be reached from elsewhere, and there is no TLS"), fix);
+            }
+            if !r.has("auth") {
+                let fix = "set balancer.auth.keys_file, listen on 127.0.0.1, or say insecure = true";
+                r.problem(&path, format!("{address} can be reached from elsewhere, and no key is asked for"), fix);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for BalancerConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BalancerConfig")
+            .field("listen", &self.listen)
+            .field("admin", &self.admin)
+            .field("tls", &self.uses_tls())
+            .finish_non_exhaustive()
+    }
+}
+
+fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().expect("a constant address is well formed")
+}
+
+fn read_listen(r: &Reader<'_>) -> Vec<SocketAddr> {
+    let addresses = r.parse_list("listen").unwrap_or_else(|| vec![address(LISTEN)]);
+    if addresses.is_empty() {
+        r.problem("listen", "no address to listen on", format!("give at least one, such as \"{LISTEN}\""));
+    }
+    addresses
+}
+
+fn read_admin(r: &Reader<'_>, insecure: bool) -> SocketAddr {
+    let admin: SocketAddr = r.parse("listen").unwrap_or_else(|| address(ADMIN_LISTEN));
+    if !admin.ip().is_loopback() && !insecure {
+        let message =
+            format!("{admin} can be reached from elsewhere, and the private listener has neither TLS nor keys");
+        r.problem("listen", message, "listen on 127.0.0.1, or say balancer.insecure = true");
+    }
+    admin
+}
+
+fn read_tls(r: &Reader<'_>) -> Option<Arc<ServerConfig>> {
+    let min = r.choice("min_version", &[("1.3", MinVersion::Tls13), ("1.2", MinVersion::Tls12)], MinVersion::Tls13);
+    let Some((cert, key)) = read_pair(r, "cert", "key") else {
+        if r.is_present() && !r.has("cert") && !r.has("key") {
+            r.problem("cert", "is missing", "set cert and key, or remove the section");
+        }
+        return None;
+    };
+    let config = Identity::read(&cert, &key).and_then(|identity| tls::server_config(&identity, min, None));
+    config
+        .map(Arc::new)
+        .map_err(|e| r.problem("cert", e.to_string(), "give PEM files of a certificate and its key"))
+        .ok()
+}
+
+impl LimitsConfig {
+    fn read(r: &Reader<'_>) -> Self {
+        Self {
+            body_bytes_max: read_size(r, "max_body", ByteSize::mib(8)),
+            headers_max: r.in_range("max_headers", 1..=256, 100),
+            header_bytes_max: read_size(r, "max_header_bytes", ByteSize::kib(64)),
+            concurrent_requests_max: r.in_range("max_concurrent_requests", 1..=1_000_000, 1024),
+            header_timeout: r.duration_or("header_timeout", Duration::from_secs(10)),
+            body_timeout: r.duration_or("body_timeout", Duration::from_secs(30)),
+            idle_timeout: r.duration_or("idle_timeout", Duration::from_secs(60)),
+            connections_per_address_max: r.in_range("max_connections_per_address", 1..=1_000_000, 1024),
+        }
+    }
+}
+
+fn read_size(r: &Reader<'_>, key: &str, default: ByteSize) -> usize {
+    let size = r.get_or(key, default).as_u64();
+    match usize::try_from(size) {
+        Ok(bytes) if bytes > 0 && size <= ByteSize::gib(4).as_u64() => bytes,
+        _ => {
+            r.problem(key, "is outside 1 byte to 4 GiB", "give a size such as \"8MiB\"");
+            default.as_u64() as usize
+        }
+    }
+}
+
+impl HealthConfig {
+    fn read(r: &Reader<'_>) -> Self {
+        let second = Duration::from_secs(1);
+        Self {
+            interval: r.duration_or("interval", second),
+            timeout: r.duration_or("timeout", second),
+            rules: Rules { up: r.in_range("up", 1..=100, 2), down: r.in_range("down", 1..=100, 3) },
+        }
+    }
+}
+
+impl RelayConfig {
+    fn read(r: &Reader<'_>) -> Self {
+        Self {
+            connect_timeout: r.duration_or("connect_timeout", Duration::from_secs(1)),
+            stall_timeout: r.duration_or("stall_timeout", Duration::from_secs(5)),
+            resumes_max: r.in_range("max_resumes", 0..=100, 3),
+            request_timeout: r.duration_or("request_timeout", Duration::from_secs(300)),
+        }
+    }
+}
+
+impl UpstreamTls {
+    fn read(r: &Reader<'_>) -> Option<Self> {
+        let identity = read_pair(r, "cert", "key");
+        let Some(ca) = r.get::<PathBuf>("ca") else {
+            if r.is_present() {
+                r.problem("ca", "is missing", "name the PEM file that nodes are verified by, or remove the section");
+            }
+            return None;
+        };
+        let this = Self { ca, identity };
+        if let Err(e) = this.check() {
+            r.problem("ca", e.to_string(), "give PEM files of the CA, and of a certificate with its key");
+        }
+        Some(this)
+    }
+
+    /// Whether the files make a usable client, found out by making one.
+    pub(crate) fn check(&self) -> Result<(), tls::TlsError> {
+        let identity = self.identity.as_ref().map(|(cert, key)| Identity::read(cert, key)).transpose()?;
+        tls::client_config(&self.ca, identity.as_ref()).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tidegate_common::config::{Problems, Raw};
+
+    use super::*;
+
+    fn read(text: &str) -> Result<BalancerConfig, Problems> {
+        Raw::from_toml(text, "t").unwrap().check(BalancerConfig::read)
+    }
+
+    fn paths(text: &str) -> Vec<String> {
+        let mut paths: Vec<String> = read(text).unwrap_err().0.into_iter().map(|p| p.path).collect();
+        paths.sort();
+        paths
+    }
+
+    #[test]
+    fn nothing_said_means_plain_http_on_loopback() {
+        let config = read("").unwrap();
+        assert_eq!(config.listen_addresses(), [address(LISTEN)]);
+        assert_eq!(config.admin_address(), address(ADMIN_LISTEN));
+        assert!(!config.uses_tls());
+    }
+
+    #[test]
+    fn plaintext_and_open_doors_beyond_loopback_must_be_asked_for_in_words() {
+        let open = "[balancer]\nlisten = \"0.0.0.0:80\"\n";
+        assert_eq!(paths(open), ["balancer.listen[0]", "balancer.listen[0]"]);
+        assert!(read(&format!("{open}insecure = true")).is_ok());
+        assert_eq!(paths("[balancer.admin]\nlisten = \"10.0.0.1:80\""), ["balancer.admin.listen"]);
+    }
+
+    #[test]
+    fn every_fault_is_found_in_one_run_files_included() {
+        let text = "[balancer]\nthreads = 0\nallow = [\"10.0.0.0/8\", \"moon\"]\n[balancer.tls]\ncert = \"/no/c\"\nkey = \"/no/k\"\n\
+                    [balancer.auth]\nkeys_file = \"/no/keys\"\n[balancer.relay]\nmax_resume = 2\n[balancer.upstream_tls]\nca = \"/no/ca\"";
+        let expected = [
+            "balancer.allow[1]",
+            "balancer.auth.keys_file",
+            "balancer.relay.max_resume",
+            "balancer.threads",
+            "balancer.tls.cert",
+            "balancer.upstream_tls.ca",
+        ];
+        assert_eq!(paths(text), expected);
+    }
+}

@@ -1,0 +1,56 @@
+//! One request's frame: drawn once when its head has been read, the same for every node that the request meets.
+
+use std::{net::IpAddr, sync::Arc};
+
+use http::Method;
+use pingora::protocols::http::ServerSession;
+use tidegate_common::{contract::headers, ids::RequestId};
+use tokio::time::Instant;
+
+use crate::{auth::UnixSeconds, route};
+
+/// The frame of one request.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestCtx {
+    /// The client's id when it is well formed, else a new one.
+    pub(crate) id: RequestId,
+    pub(crate) method: Method,
+    /// The path as a label: one of the API's or `other`.
+    pub(crate) path: &'static str,
+    pub(crate) client: Option<IpAddr>,
+    pub(crate) http: &'static str,
+    /// Whose key it came with.
+    pub(crate) tenant: Option<Arc<str>>,
+    pub(crate) started: Instant,
+    /// The answer's `created`.
+    pub(crate) created: UnixSeconds,
+}
+
+impl RequestCtx {
+    /// The frame of the request whose head `session` has just read.
+    pub(crate) fn of(session: &ServerSession) -> Self {
+        let head = session.req_header();
+        let given = session.get_header(headers::REQUEST_ID).and_then(|v| v.to_str().ok());
+        Self {
+            id: RequestId::from_client(given),
+            method: head.method.clone(),
+            path: route::label(head.uri.path()),
+            tenant: None,
+            ..Self::of_unread(session)
+        }
+    }
+
+    /// The frame of a request whose head could not be read.
+    pub(crate) fn of_unread(session: &ServerSession) -> Self {
+        Self {
+            id: RequestId::random(),
+            method: Method::default(),
+            path: "other",
+            client: session.client_addr().and_then(|a| a.as_inet()).map(|a| a.ip().to_canonical()),
+            http: session.session_type(),
+            tenant: None,
+            started: Instant::now(),
+            created: UnixSeconds::now(),
+        }
+    }
+}

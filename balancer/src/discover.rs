@@ -1,0 +1,88 @@
+//! The pool's one writer: it follows the registry and the probes, and publishes a snapshot after each event.
+//!
+//! It awaits and does; what an event means is decided in `pool::roster`.
+
+use std::{collections::HashMap, sync::Arc};
+
+use tidegate_common::{
+    ids::NodeId,
+    registry::{Registry, View},
+};
+use tokio::sync::{mpsc, watch};
+use tracing::info;
+
+use crate::{
+    auth::UnixSeconds,
+    health::{Probe, Prober},
+    metrics::Metrics,
+    pool::{Effect, PoolView, Roster, Rules, Signal},
+};
+
+/// The writer.
+pub(crate) struct Discover {
+    roster: Roster,
+    view: Arc<PoolView>,
+    prober: Arc<Prober>,
+    probes: HashMap<NodeId, Probe>,
+    metrics: Arc<Metrics>,
+}
+
+impl Discover {
+    pub(crate) fn new(rules: Rules, view: Arc<PoolView>, prober: Arc<Prober>, metrics: Arc<Metrics>) -> Self {
+        Self { roster: Roster::new(rules), view, prober, probes: HashMap::new(), metrics }
+    }
+
+    /// Runs until the process ends.
+    pub(crate) async fn run(mut self, registry: Arc<dyn Registry>, mut signals: mpsc::Receiver<Signal>) {
+        let mut views = registry.watch();
+        self.follow(&mut views);
+        let mut followed = true;
+        loop {
+            tokio::select! {
+                changed = views.changed(), if followed => match changed {
+                    Ok(()) => self.follow(&mut views),
+                    Err(_) => {
+                        info!("the registry has ended, its last view stays");
+                        followed = false;
+                    }
+                },
+                signal = signals.recv() => match signal {
+                    Some(signal) => self.hear(signal),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn follow(&mut self, views: &mut watch::Receiver<View>) {
+        let view = views.borrow_and_update().clone();
+        let effects = self.roster.apply_view(&view, UnixSeconds::now());
+        self.perform(effects);
+    }
+
+    fn hear(&mut self, signal: Signal) {
+        let effects = self.roster.apply_signal(signal, UnixSeconds::now());
+        self.perform(effects);
+    }
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                Effect::Probe { record, incarnation } => {
+                    let id = record.id.clone();
+                    let probe = Arc::clone(&self.prober).start(record, incarnation, self.view.signals());
+                    self.probes.insert(id, probe);
+                }
+                Effect::Stop(id) => drop(self.probes.remove(&id)),
+                Effect::Pace { id, soon } => {
+                    if let Some(probe) = self.probes.get(&id) {
+                        probe.pace(soon);
+                    }
+                }
+            }
+        }
+        let snapshot = self.roster.snapshot();
+        self.metrics.show_members(&snapshot.report);
+        self.view.publish(snapshot);
+    }
+}

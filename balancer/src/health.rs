@@ -1,0 +1,163 @@
+//! Active probes: one task per member asks its `/health`, on a fresh connection each time, so that accepting is probed as well.
+//!
+//! A probe reports and decides nothing. Its pace is the interval with jitter, and a fifth of it while the next answer may decide
+//! whether the member takes requests.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use pingora::{
+    connectors::http::Connector, http::RequestHeader, protocols::http::client::HttpSession, upstreams::peer::HttpPeer,
+};
+use rand::RngExt;
+use tidegate_common::contract::{Health, NodeRecord, headers, paths};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::AbortHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use crate::{
+    config::{HealthConfig, RelayConfig},
+    pool::{Incarnation, Probed, Signal},
+};
+
+/// Largest `/health` body read.
+const HEALTH_BYTES_MAX: usize = 64 * 1024;
+/// Connections of probes never meet those of requests.
+const PROBE_GROUP: u64 = 1;
+
+/// Makes probes.
+pub(crate) struct Prober {
+    pub(crate) connector: Arc<Connector>,
+    pub(crate) health: HealthConfig,
+    pub(crate) relay: RelayConfig,
+    /// Whether nodes can be verified; without it one that speaks TLS is out of reach.
+    pub(crate) has_upstream_tls: bool,
+}
+
+/// One member's probe; it stops when dropped.
+pub(crate) struct Probe {
+    soon: Arc<AtomicBool>,
+    changed: Arc<Notify>,
+    task: AbortHandle,
+}
+
+impl Probe {
+    /// Whether the next probe should come soon.
+    pub(crate) fn pace(&self, soon: bool) {
+        if self.soon.swap(soon, Ordering::Relaxed) != soon {
+            self.changed.notify_one();
+        }
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Prober {
+    /// Begins to probe.
+    pub(crate) fn start(
+        self: Arc<Self>,
+        record: NodeRecord,
+        incarnation: Incarnation,
+        signals: mpsc::Sender<Signal>,
+    ) -> Probe {
+        let (soon, changed) = (Arc::new(AtomicBool::new(true)), Arc::new(Notify::new()));
+        let pace = (Arc::clone(&soon), Arc::clone(&changed));
+        let task = tokio::spawn(async move {
+            loop {
+                let began = Instant::now();
+                let outcome = self.probe(&record).await;
+                let signal = Signal::Probed { id: record.id.clone(), incarnation, outcome };
+                if signals.send(signal).await.is_err() {
+                    return;
+                }
+                self.rest(began, &pace.0, &pace.1).await;
+            }
+        });
+        Probe { soon, changed, task: task.abort_handle() }
+    }
+
+    async fn rest(&self, began: Instant, soon: &AtomicBool, changed: &Notify) {
+        let jitter = rand::rng().random_range(0.9..1.1);
+        let usual = self.health.interval.mul_f64(jitter);
+        loop {
+            let pause = if soon.load(Ordering::Relaxed) { usual / 5 } else { usual };
+            tokio::select! {
+                () = sleep_until(began + pause) => return,
+                () = changed.notified() => {}
+            }
+        }
+    }
+
+    async fn probe(&self, record: &NodeRecord) -> Probed {
+        match timeout(self.health.timeout, self.ask(record)).await {
+            Ok(Ok((peer, health))) => Probed::Answered { peer: Box::new(peer), health: Box::new(health) },
+            Ok(Err(reason)) => Probed::Failed(reason),
+            Err(_) => Probed::Failed(format!("no answer within {:?}", self.health.timeout)),
+        }
+    }
+
+    async fn ask(&self, record: &NodeRecord) -> Result<(HttpPeer, Health), String> {
+        if record.tls && !self.has_upstream_tls {
+            return Err("the node speaks TLS, and balancer.upstream_tls.ca is not set".into());
+        }
+        let address = resolve(&record.address).await?;
+        let peer = self.peer(address, record);
+        let mut probed = peer.clone();
+        probed.group_key = PROBE_GROUP;
+        let (mut session, _) = self.connector.get_http_session(&probed).await.map_err(|e| e.to_string())?;
+        let body = fetch(&mut session, &record.address).await.map_err(|e| e.to_string())?;
+        let health =
+            serde_json::from_slice(&body).map_err(|e| format!("{} answers with nonsense: {e}", paths::HEALTH))?;
+        Ok((peer, health))
+    }
+
+    fn peer(&self, address: SocketAddr, record: &NodeRecord) -> HttpPeer {
+        let host = record.address.rsplit_once(':').map_or(record.address.as_str(), |(host, _)| host);
+        let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+        let mut peer = HttpPeer::new(address, record.tls, name);
+        peer.options.connection_timeout = Some(self.relay.connect_timeout);
+        peer.options.total_connection_timeout = Some(self.relay.connect_timeout * 2);
+        peer.options.write_timeout = Some(self.relay.stall_timeout);
+        peer
+    }
+}
+
+async fn resolve(address: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = address.parse() {
+        return Ok(address);
+    }
+    let mut found = tokio::net::lookup_host(address).await.map_err(|e| format!("cannot resolve '{address}': {e}"))?;
+    found.next().ok_or_else(|| format!("'{address}' has no address"))
+}
+
+async fn fetch(session: &mut HttpSession, authority: &str) -> pingora::Result<BytesMut> {
+    let mut request = RequestHeader::build("GET", paths::HEALTH.as_bytes(), Some(3))?;
+    request.insert_header("host", authority)?;
+    request.insert_header("connection", "close")?;
+    request.insert_header(headers::REQUEST_ID, "probe")?;
+    session.set_read_timeout(Some(Duration::from_secs(60))); // the whole probe has its own, shorter bound
+    session.write_request_header(Box::new(request)).await?;
+    session.finish_request_body().await?;
+    session.read_response_header().await?;
+    let mut body = BytesMut::new();
+    while let Some(part) = session.read_response_body().await? {
+        body.extend_from_slice(&part);
+        if body.len() > HEALTH_BYTES_MAX {
+            break;
+        }
+    }
+    Ok(body)
+}

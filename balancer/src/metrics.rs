@@ -1,0 +1,125 @@
+//! What is counted. Labels come from closed sets: paths of the API, models that are served, reasons that this crate names.
+
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::admin::Members;
+
+/// Seconds; from a cached answer at the edge to a long generation.
+const DURATIONS_S: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0];
+
+/// All metrics of one balancer, in a registry of their own, so that two balancers in one process do not mix.
+pub(crate) struct Metrics {
+    registry: Registry,
+    /// Terminal records by path, model, status and reason.
+    pub(crate) requests: IntCounterVec,
+    /// Whole duration by path.
+    pub(crate) duration: HistogramVec,
+    /// Until the first token reached the client, by path.
+    pub(crate) first_token: HistogramVec,
+    /// Attempts given up before the client had anything, by what went wrong.
+    pub(crate) retries: IntCounterVec,
+    /// Streams carried on by another node, by what went wrong.
+    pub(crate) resumes: IntCounterVec,
+    /// Requests open now.
+    pub(crate) open_requests: IntGauge,
+    /// Streams open now.
+    pub(crate) open_streams: IntGauge,
+    /// Connections closed before a request, by reason.
+    pub(crate) refused: IntCounterVec,
+    members: IntGaugeVec,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let registry = Registry::new();
+        let r = &registry;
+        Self {
+            requests: counters(r, "requests_total", "requests ended", &["path", "model", "status", "reason"]),
+            duration: histograms(r, "request_duration_seconds", "from a request's head to its end"),
+            first_token: histograms(r, "time_to_first_token_seconds", "from a request's head to its first token"),
+            retries: counters(r, "retries_total", "attempts moved on before the client had anything", &["reason"]),
+            resumes: counters(r, "resumes_total", "streams taken up by another node", &["reason"]),
+            open_requests: gauges(r, "open_requests", "requests open", &[]).with_label_values::<&str>(&[]),
+            open_streams: gauges(r, "open_streams", "streams open", &[]).with_label_values::<&str>(&[]),
+            refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
+            members: gauges(r, "members", "members of the cluster", &["model", "state"]),
+            registry,
+        }
+    }
+
+    /// The counter of connections refused for this reason.
+    pub(crate) fn refused(&self, reason: &str) -> IntCounter {
+        self.refused.with_label_values(&[reason])
+    }
+
+    /// Shows how many members each model has in each state.
+    pub(crate) fn show_members(&self, report: &Members) {
+        self.members.reset();
+        for member in &report.members {
+            self.members.with_label_values(&[member.model.as_str(), member.state.as_str()]).inc();
+        }
+    }
+
+    /// The text that Prometheus reads.
+    pub(crate) fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text); // writing to memory does not fail
+        text
+    }
+}
+
+const CONSTANT: &str = "names and labels are constant and well formed";
+
+fn opts(name: &str, help: &str) -> Opts {
+    Opts::new(name, help).namespace("tidegate")
+}
+
+fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    let metric = IntCounterVec::new(opts(name, help), labels).expect(CONSTANT);
+    registry.register(Box::new(metric.clone())).expect(CONSTANT);
+    metric
+}
+
+fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    let metric = IntGaugeVec::new(opts(name, help), labels).expect(CONSTANT);
+    registry.register(Box::new(metric.clone())).expect(CONSTANT);
+    metric
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str) -> HistogramVec {
+    let opts = HistogramOpts::from(opts(name, help)).buckets(DURATIONS_S.to_vec());
+    let metric = HistogramVec::new(opts, &["path"]).expect(CONSTANT);
+    registry.register(Box::new(metric.clone())).expect(CONSTANT);
+    metric
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_what_dashboards_rely_on() {
+        let metrics = Metrics::new();
+        metrics.requests.with_label_values(&["/health", "", "200", "ok"]).inc();
+        metrics.duration.with_label_values(&["/health"]).observe(0.001);
+        metrics.first_token.with_label_values(&["/v1/chat"]).observe(0.001);
+        metrics.retries.with_label_values(&["connect"]).inc();
+        metrics.resumes.with_label_values(&["ended"]).inc();
+        metrics.refused("allowlist").inc();
+        let text = String::from_utf8(metrics.render()).unwrap();
+        let mut names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+        names.sort_unstable();
+        insta::assert_snapshot!(names.join("\n"), @r"
+        tidegate_connections_refused_total
+        tidegate_open_requests
+        tidegate_open_streams
+        tidegate_request_duration_seconds
+        tidegate_requests_total
+        tidegate_resumes_total
+        tidegate_retries_total
+        tidegate_time_to_first_token_seconds
+        ");
+    }
+}

@@ -1,0 +1,125 @@
+//! The members of the cluster as the edge sees them: one writer keeps them and publishes immutable snapshots.
+//!
+//! A request loads the snapshot once for each attempt and makes all its choices from that one. `member` is the pure state machine,
+//! `roster` applies events to all members, `discover` and `health` bring the events.
+
+mod member;
+mod roster;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use arc_swap::ArcSwap;
+use pingora::upstreams::peer::HttpPeer;
+use tidegate_common::{contract::Health, ids::NodeId};
+use tokio::sync::mpsc;
+
+use crate::{admin::Members, pick::Rotation};
+
+pub use member::Phase;
+pub(crate) use member::Rules;
+pub(crate) use roster::{Effect, Roster};
+
+/// One life of a member at one address; a record with another address begins the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Incarnation(pub(crate) u64);
+
+/// A node that can be given requests.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) id: NodeId,
+    pub(crate) incarnation: Incarnation,
+    /// `host:port`, for the `Host` header.
+    pub(crate) authority: String,
+    pub(crate) peer: HttpPeer,
+}
+
+/// The nodes of one model.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    /// Those that take requests now.
+    pub(crate) ready: Vec<Arc<Target>>,
+    /// When each is due.
+    pub(crate) rotation: Arc<Rotation>,
+    /// How many members there are, ready or not.
+    pub(crate) members: usize,
+}
+
+impl Pool {
+    /// The next member that is none of `avoid`.
+    pub(crate) fn pick(&self, avoid: &[NodeId]) -> Option<Arc<Target>> {
+        let skip = |i: usize| self.ready.get(i).is_none_or(|target| avoid.contains(&target.id));
+        self.rotation.pick(skip).map(|i| Arc::clone(&self.ready[i]))
+    }
+}
+
+/// All that is known at one moment.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    /// The pool of each model, also of one whose members are all away.
+    pub(crate) models: BTreeMap<String, Pool>,
+    /// What the private listener shows.
+    pub(crate) report: Members,
+}
+
+impl Snapshot {
+    pub(crate) fn has_ready(&self) -> bool {
+        self.models.values().any(|pool| !pool.ready.is_empty())
+    }
+}
+
+/// What a probe found.
+#[derive(Debug, Clone)]
+pub(crate) enum Probed {
+    /// The node answered, from an address that is now known to be its own.
+    Answered { peer: Box<HttpPeer>, health: Box<Health> },
+    /// It did not, for this reason.
+    Failed(String),
+}
+
+/// What requests and probes tell the writer.
+#[derive(Debug)]
+pub(crate) enum Signal {
+    /// A probe has ended.
+    Probed { id: NodeId, incarnation: Incarnation, outcome: Probed },
+    /// A request lost the node. It `counts` like a failed probe when the node could not be reached or fell silent; otherwise it only
+    /// makes the next probe come soon.
+    Lost { id: NodeId, incarnation: Incarnation, counts: bool },
+}
+
+/// Most signals that wait for the writer; passive ones beyond it are dropped, since the next failure says the same.
+pub(crate) const SIGNALS_MAX: usize = 1024;
+
+/// The readers' end of the pool.
+#[derive(Debug)]
+pub(crate) struct PoolView {
+    snapshot: ArcSwap<Snapshot>,
+    signals: mpsc::Sender<Signal>,
+}
+
+impl PoolView {
+    /// A view that nothing has been published to, and the writer's end of its signals.
+    pub(crate) fn new() -> (Arc<Self>, mpsc::Receiver<Signal>) {
+        let (signals, inbox) = mpsc::channel(SIGNALS_MAX);
+        (Arc::new(Self { snapshot: ArcSwap::default(), signals }), inbox)
+    }
+
+    /// The present snapshot.
+    pub(crate) fn load(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// Only the one writer calls this.
+    pub(crate) fn publish(&self, snapshot: Snapshot) {
+        self.snapshot.store(Arc::new(snapshot));
+    }
+
+    /// Where probes report to.
+    pub(crate) fn signals(&self) -> mpsc::Sender<Signal> {
+        self.signals.clone()
+    }
+
+    /// A request lost `target`.
+    pub(crate) fn lost(&self, target: &Target, counts: bool) {
+        let _ = self.signals.try_send(Signal::Lost { id: target.id.clone(), incarnation: target.incarnation, counts });
+    }
+}

@@ -1,0 +1,129 @@
+//! The client's side of a relayed answer: one head, then events as they come, or one JSON body at the end.
+//!
+//! While anything is awaited, the client's connection and the request's deadline are watched with it.
+
+use std::{pin::Pin, time::Duration};
+
+use bytes::Bytes;
+use http::{Version, header};
+use pingora::protocols::http::ServerSession;
+use tidegate_common::{
+    contract::{ApiError, event},
+    ids::{NodeId, RequestId},
+};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use super::events;
+use crate::{
+    answer::{self, Answer},
+    serve::Ended,
+};
+
+/// Why carrying on makes no sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Interrupt {
+    /// The client has left.
+    ClientGone,
+    /// The request's time is over.
+    Deadline,
+}
+
+/// The client of one generation.
+pub(crate) struct Client<'a> {
+    session: &'a mut ServerSession,
+    id: RequestId,
+    deadline: Pin<Box<Sleep>>,
+    wants_stream: bool,
+    begun: bool,
+    /// The last event's data so far, for a client that wants one body.
+    last: Option<Bytes>,
+}
+
+impl<'a> Client<'a> {
+    pub(crate) fn new(session: &'a mut ServerSession, wants_stream: bool, id: RequestId, deadline: Instant) -> Self {
+        let deadline = Box::pin(sleep_until(deadline));
+        Self { session, id, deadline, wants_stream, begun: false, last: None }
+    }
+
+    /// Whether the client has had anything, so that its answer can only go on and not begin anew.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// What is left of the request's time.
+    pub(crate) fn time_left(&self) -> Duration {
+        self.deadline.deadline().saturating_duration_since(Instant::now())
+    }
+
+    /// Awaits `work`, unless the client leaves or the time is over first; then `work` is dropped.
+    pub(crate) async fn unless_interrupted<T>(&mut self, work: impl Future<Output = T>) -> Result<T, Interrupt> {
+        tokio::select! {
+            biased;
+            done = work => Ok(done),
+            _ = self.session.read_body_or_idle(true) => Err(Interrupt::ClientGone),
+            () = self.deadline.as_mut() => Err(Interrupt::Deadline),
+        }
+    }
+
+    /// Whole events of a node pass.
+    pub(crate) async fn pass(&mut self, events: Bytes, node: &NodeId) -> Result<(), Interrupt> {
+        if events.is_empty() {
+            return Ok(());
+        }
+        if !self.wants_stream {
+            if let Some(data) = events::last_data(&events) {
+                self.last = Some(events.slice_ref(data));
+            }
+            return Ok(());
+        }
+        let written = self.write_events(events, node).await;
+        written.map_err(|_| Interrupt::ClientGone)
+    }
+
+    async fn write_events(&mut self, events: Bytes, node: &NodeId) -> pingora::Result<()> {
+        if !self.begun {
+            self.begun = true;
+            self.write_head(node).await?;
+        }
+        self.session.write_response_body(events, false).await
+    }
+
+    async fn write_head(&mut self, node: &NodeId) -> pingora::Result<()> {
+        let mut head = answer::head(200, event::CONTENT_TYPE, &self.id, Some(node))?;
+        head.insert_header(header::CACHE_CONTROL, "no-cache")?;
+        if self.session.req_header().version == Version::HTTP_11 {
+            head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
+        }
+        self.session.write_response_header(Box::new(head)).await
+    }
+
+    /// The last event has passed.
+    pub(crate) async fn end(&mut self, node: &NodeId) -> pingora::Result<()> {
+        if self.wants_stream {
+            if !self.begun {
+                self.begun = true;
+                self.write_head(node).await?;
+            }
+            return self.session.write_response_body(Bytes::new(), true).await;
+        }
+        let body = self.last.take().unwrap_or_default();
+        answer::write(self.session, &self.id, Some(node), Answer::json(200, body)).await
+    }
+
+    /// Passes a whole answer on.
+    pub(crate) async fn answer(self, node: Option<&NodeId>, answer: Answer) -> pingora::Result<()> {
+        answer::write(self.session, &self.id, node, answer).await
+    }
+
+    /// Ends with an error: as the whole answer, or as the last event of a stream that has begun.
+    pub(crate) async fn fail(self, error: &ApiError) -> Ended {
+        if !self.begun {
+            return answer::refuse(self.session, &self.id, error).await.into();
+        }
+        let event = Bytes::from(format!("data: {}\n\n", error.to_json()));
+        match self.session.write_response_body(event, true).await {
+            Ok(()) => Ended::Close,
+            Err(_) => Ended::ClientGone,
+        }
+    }
+}

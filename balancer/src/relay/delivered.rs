@@ -1,0 +1,92 @@
+//! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded.
+
+use tidegate_common::contract::Resume;
+
+use crate::body::CHOICES_MAX;
+
+/// Most tokens remembered for one request, about a megabyte; a longer stream goes on but can no longer change its node.
+const TOKENS_MAX: usize = 1 << 18;
+
+/// Delivered tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Delivered {
+    choices: Vec<Vec<u32>>,
+    total: usize,
+    overflowed: bool,
+}
+
+/// The node's count of tokens is not ours: going on would lose or double some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OutOfStep;
+
+impl Delivered {
+    /// Nothing yet, of this many choices.
+    pub(crate) fn new(choices: u32) -> Self {
+        Self { choices: vec![Vec::new(); choices.min(CHOICES_MAX) as usize], total: 0, overflowed: false }
+    }
+
+    /// An event with these tokens has passed.
+    pub(crate) fn add(&mut self, choice: u32, offset: u32, tokens: &[u32]) -> Result<(), OutOfStep> {
+        if choice >= CHOICES_MAX {
+            return Err(OutOfStep);
+        }
+        let choice = choice as usize;
+        if choice >= self.choices.len() {
+            self.choices.resize_with(choice + 1, Vec::new);
+        }
+        self.total += tokens.len();
+        if self.overflowed || self.total > TOKENS_MAX {
+            self.overflowed = true;
+            return Ok(());
+        }
+        let had = &mut self.choices[choice];
+        if had.len() != offset as usize {
+            return Err(OutOfStep);
+        }
+        had.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// How many tokens have passed.
+    pub(crate) fn total(&self) -> usize {
+        self.total
+    }
+
+    /// Whether all of them are remembered.
+    pub(crate) fn is_complete(&self) -> bool {
+        !self.overflowed
+    }
+
+    /// What another node needs to go on.
+    pub(crate) fn resume(&self) -> Resume {
+        Resume { tokens: self.choices.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_are_kept_by_choice_and_gaps_are_seen() {
+        let mut delivered = Delivered::new(1);
+        delivered.add(0, 0, &[1, 2]).unwrap();
+        delivered.add(2, 0, &[9]).unwrap();
+        delivered.add(0, 2, &[3]).unwrap();
+        assert_eq!(delivered.resume().tokens, [vec![1, 2, 3], vec![], vec![9]]);
+        assert_eq!(delivered.add(0, 5, &[4]), Err(OutOfStep));
+        assert_eq!(delivered.add(0, 1, &[4]), Err(OutOfStep));
+        assert_eq!(delivered.add(CHOICES_MAX, 0, &[4]), Err(OutOfStep));
+    }
+
+    #[test]
+    fn memory_is_bounded_and_a_stream_too_long_says_so() {
+        let mut delivered = Delivered::new(1);
+        let many = vec![7; TOKENS_MAX];
+        delivered.add(0, 0, &many).unwrap();
+        assert!(delivered.is_complete());
+        delivered.add(0, TOKENS_MAX as u32, &[1]).unwrap();
+        assert!(!delivered.is_complete());
+        assert_eq!(delivered.choices[0].len(), TOKENS_MAX);
+    }
+}

@@ -1,0 +1,304 @@
+//! Carrying one generation to its end: from node to node if need be, while the client sees one answer without a seam.
+//!
+//! `request` makes what a node is sent, `upstream` opens a node's answer, `events` cuts it into whole events, `delivered` remembers the
+//! tokens that the client has had, `client` writes to it. This file decides what comes after each loss. Its rules:
+//! nothing moves after a 4xx or after the last event; before the client has anything, every untried member of the pool is tried once;
+//! after that the stream is resumed from its tokens, at most `max_resumes` times.
+
+mod request;
+mod upstream;
+mod events;
+mod delivered;
+mod client;
+
+use std::{sync::Arc, time::Duration};
+
+use pingora::{connectors::http::Connector, protocols::http::ServerSession};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind},
+    ids::NodeId,
+};
+use tracing::{info, warn};
+
+pub(crate) use request::Generation;
+
+use crate::{
+    answer::Answer,
+    config::RelayConfig,
+    pool::{PoolView, Target},
+    record::Record,
+    route,
+    serve::Ended,
+};
+use client::{Client, Interrupt};
+use delivered::Delivered;
+use events::{Events, Tail};
+use upstream::{Opened, Upstream};
+
+/// Carries generations.
+pub(crate) struct Relay {
+    pub(crate) connector: Arc<Connector>,
+    pub(crate) rules: RelayConfig,
+    pub(crate) pool: Arc<PoolView>,
+}
+
+/// How one node's part of a stream ended.
+enum LegEnd {
+    /// The last event has passed; the client's answer is whole.
+    Done,
+    /// The node gave a whole answer that is not a stream, to be passed on as it is.
+    Answered(Answer),
+    /// The node does not take requests now; its words are kept in case all say so.
+    Busy(Answer),
+    /// The node was lost.
+    Lost(Loss),
+    /// The client left, or the request's time is over.
+    Interrupted(Interrupt),
+}
+
+impl From<Interrupt> for LegEnd {
+    fn from(interrupt: Interrupt) -> Self {
+        Self::Interrupted(interrupt)
+    }
+}
+
+/// How a node can be lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// No connection.
+    Connect,
+    /// The connection broke.
+    Reset,
+    /// Silence longer than `stall_timeout`.
+    Stalled,
+    /// The answer ended without its last event.
+    Ended,
+    /// A status of 500 or more.
+    Status(u16),
+    /// The node wants to let go.
+    Handover,
+    /// The answer is not what a node writes.
+    Malformed,
+    /// It takes no requests now (503).
+    Busy,
+}
+
+impl Loss {
+    /// The word in logs and metrics.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Reset => "reset",
+            Self::Stalled => "stalled",
+            Self::Ended => "ended",
+            Self::Status(_) => "status",
+            Self::Handover => "handover",
+            Self::Malformed => "malformed",
+            Self::Busy => "busy",
+        }
+    }
+
+    /// Whether it says about the node what a failed probe says.
+    fn counts(self) -> bool {
+        matches!(self, Self::Connect | Self::Stalled)
+    }
+
+    fn error(self) -> ApiError {
+        match self {
+            Self::Connect | Self::Busy | Self::Handover => {
+                ApiError::new(ErrorKind::Unavailable, "node_unavailable", "no node could take the request")
+                    .with_retry_after(Duration::from_secs(1))
+            }
+            Self::Stalled => ApiError::new(ErrorKind::DeadlineExceeded, "node_stalled", "the node fell silent"),
+            Self::Reset | Self::Ended | Self::Status(_) | Self::Malformed => {
+                ApiError::new(ErrorKind::BadGateway, "node_lost", "the node was lost, and no other could go on")
+            }
+        }
+    }
+}
+
+/// What a generation has come through so far.
+struct Journey {
+    tried: Vec<NodeId>,
+    delivered: Delivered,
+    /// The words of the last node that said 503.
+    busy: Option<(NodeId, Answer)>,
+    last: Option<Loss>,
+}
+
+impl Relay {
+    /// Carries `generation` to its end and notes in `record` how it went.
+    pub(crate) async fn carry(
+        &self,
+        session: &mut ServerSession,
+        record: &mut Record,
+        generation: &Generation,
+    ) -> Ended {
+        let _open = record.open_stream();
+        let deadline = record.ctx.started + self.rules.request_timeout;
+        let mut client = Client::new(session, generation.stream, record.ctx.id.clone(), deadline);
+        let mut journey =
+            Journey { tried: Vec::new(), delivered: Delivered::new(generation.choices), busy: None, last: None };
+        loop {
+            let target = match self.next(&client, record, &journey) {
+                Ok(target) => target,
+                Err(error) => return give_up(client, record, journey, error).await,
+            };
+            record.node = Some(target.id.clone());
+            let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
+            record.tokens = journey.delivered.total();
+            match end {
+                LegEnd::Done => {
+                    record.answered(200);
+                    return Ended::Whole;
+                }
+                LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
+                LegEnd::Busy(answer) => {
+                    journey.busy = Some((target.id.clone(), answer));
+                    self.move_on(&client, record, &mut journey, &target, Loss::Busy);
+                }
+                LegEnd::Lost(loss) => self.move_on(&client, record, &mut journey, &target, loss),
+                LegEnd::Interrupted(Interrupt::ClientGone) => {
+                    record.status = if client.has_begun() { 200 } else { 0 };
+                    record.reason = "client_gone";
+                    return Ended::ClientGone;
+                }
+                LegEnd::Interrupted(Interrupt::Deadline) => {
+                    let error = ApiError::new(
+                        ErrorKind::DeadlineExceeded,
+                        "request_timeout",
+                        "the request took longer than it may (balancer.relay.request_timeout)",
+                    );
+                    return fail(client, record, error).await;
+                }
+            }
+        }
+    }
+
+    /// Who takes the next leg, from the snapshot of this moment.
+    fn next(&self, client: &Client<'_>, record: &Record, journey: &Journey) -> Result<Arc<Target>, ApiError> {
+        let give_up = || journey.last.map_or_else(|| route::nothing_ready("no node is ready now"), Loss::error);
+        let resuming = client.has_begun() || journey.delivered.total() > 0;
+        if resuming && (record.resumes > self.rules.resumes_max || !journey.delivered.is_complete()) {
+            return Err(give_up());
+        }
+        let snapshot = self.pool.load();
+        let pool = snapshot.models.get(&record.model).ok_or_else(give_up)?;
+        let untried = pool.pick(&journey.tried);
+        let target = if resuming {
+            let last = journey.tried.last().map(std::slice::from_ref).unwrap_or_default();
+            untried.or_else(|| pool.pick(last)).or_else(|| pool.pick(&[]))
+        } else {
+            untried
+        };
+        target.ok_or_else(give_up)
+    }
+
+    fn move_on(&self, client: &Client<'_>, record: &mut Record, journey: &mut Journey, target: &Target, loss: Loss) {
+        self.pool.lost(target, loss.counts());
+        journey.tried.retain(|id| *id != target.id);
+        journey.tried.push(target.id.clone());
+        journey.last = Some(loss);
+        let (why, id) = (loss.as_str(), &record.ctx.id);
+        if client.has_begun() || journey.delivered.total() > 0 {
+            info!(request_id = %id, node = %target.id, why, tokens = journey.delivered.total(), "stream moves on");
+            record.resumed(why);
+        } else {
+            info!(request_id = %id, node = %target.id, why, "request moves on");
+            record.retried(why);
+        }
+    }
+
+    /// One node's part.
+    async fn leg(
+        &self,
+        client: &mut Client<'_>,
+        record: &mut Record,
+        generation: &Generation,
+        target: &Target,
+        journey: &mut Journey,
+    ) -> LegEnd {
+        let resume = (client.has_begun() || journey.delivered.total() > 0).then_some(&journey.delivered);
+        let request = match generation.request(&record.ctx, target, client.time_left(), resume) {
+            Ok(request) => request,
+            Err(error) => {
+                warn!(error = %error, "cannot write a request");
+                return LegEnd::Lost(Loss::Malformed);
+            }
+        };
+        let opened = client.unless_interrupted(Upstream::open(self, target, request)).await;
+        match opened {
+            Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
+            Ok(Ok(Opened::Whole(answer))) if answer.status == 503 => LegEnd::Busy(answer),
+            Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
+            // the stream's head is out: a node that refuses to resume is a lost node
+            Ok(Ok(Opened::Whole(_))) if client.has_begun() => LegEnd::Lost(Loss::Malformed),
+            Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
+            Ok(Err(loss)) => LegEnd::Lost(loss),
+            Err(interrupt) => interrupt.into(),
+        }
+    }
+
+    async fn stream(
+        &self,
+        client: &mut Client<'_>,
+        record: &mut Record,
+        mut upstream: Upstream,
+        target: &Target,
+        journey: &mut Journey,
+    ) -> LegEnd {
+        let mut events = Events::default();
+        loop {
+            let chunk = match client.unless_interrupted(upstream.read()).await {
+                Ok(Ok(chunk)) => chunk,
+                Ok(Err(loss)) => return LegEnd::Lost(loss),
+                Err(interrupt) => return interrupt.into(),
+            };
+            let Ok(passed) = events.push(&chunk, &mut journey.delivered) else {
+                return LegEnd::Lost(Loss::Malformed);
+            };
+            if journey.delivered.total() > 0 {
+                record.first_token();
+            }
+            if let Err(interrupt) = client.pass(passed.bytes, &target.id).await {
+                return interrupt.into();
+            }
+            match passed.tail {
+                None => {}
+                Some(Tail::Handover) => return LegEnd::Lost(Loss::Handover),
+                Some(Tail::End) => {
+                    if client.end(&target.id).await.is_err() {
+                        return Interrupt::ClientGone.into();
+                    }
+                    upstream.keep(&self.connector).await;
+                    return LegEnd::Done;
+                }
+            }
+        }
+    }
+}
+
+async fn pass_on(client: Client<'_>, record: &mut Record, node: &NodeId, answer: Answer) -> Ended {
+    record.status = answer.status;
+    record.reason = if answer.status < 400 { "ok" } else { "node_refused" };
+    client.answer(Some(node), answer).await.into()
+}
+
+/// Nobody can go on. When all that was heard is that nodes are busy, their own words say it best.
+async fn give_up(client: Client<'_>, record: &mut Record, journey: Journey, error: ApiError) -> Ended {
+    match journey.busy {
+        Some((node, answer)) if journey.last == Some(Loss::Busy) && !client.has_begun() => {
+            pass_on(client, record, &node, answer).await
+        }
+        _ => fail(client, record, error).await,
+    }
+}
+
+async fn fail(client: Client<'_>, record: &mut Record, error: ApiError) -> Ended {
+    record.refused(&error);
+    warn!(request_id = %record.ctx.id, code = error.code, retries = record.retries, resumes = record.resumes, "request failed");
+    if client.has_begun() {
+        record.status = 200;
+    }
+    client.fail(&error).await
+}

@@ -1,0 +1,233 @@
+//! Putting the pieces together, and taking them apart again: sockets closed, streams ended, then out, without a fixed wait.
+//!
+//! Signals belong to the process, not to this crate: it ends when its `Shutdown` fires, so it can live in a thread of `tidegate up`.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use pingora::{
+    apps::{HttpServerOptions, ServerApp},
+    connectors::{ConnectorOptions, http::Connector},
+    server::ListenFds,
+    services::{Service as _, listening::Service},
+};
+use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, tls::TlsError};
+use tokio::{
+    runtime::Runtime,
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+    time::{Instant, timeout},
+};
+use tracing::{info, warn};
+
+use crate::{
+    accept::{Connections, Gate},
+    admin::Admin,
+    bind::{self, Balancer},
+    config::{BalancerConfig, UpstreamTls},
+    discover::Discover,
+    drain::OpenRequests,
+    health::Prober,
+    metrics::Metrics,
+    pool::PoolView,
+    relay::Relay,
+    serve::Edge,
+    tls::{Refused, Secured},
+};
+
+/// Idle connections kept to nodes, for each worker thread.
+const IDLE_UPSTREAMS_PER_THREAD: usize = 256;
+/// How long the runtime may take to drop what is left after the drain.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Why the balancer could not run, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// Somebody else listens there.
+    #[error("{address} is in use{}", .holder.as_ref().map(|h| format!(" by {h}")).unwrap_or_default())]
+    AddressInUse {
+        /// Where.
+        address: SocketAddr,
+        /// Process name and id, when `/proc` tells.
+        holder: Option<String>,
+    },
+    /// The address cannot be listened on for another reason.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A certificate or key that was good when the configuration was read is not any more.
+    #[error("balancer.upstream_tls: {0}")]
+    Tls(#[from] TlsError),
+    /// The system refuses threads or descriptors.
+    #[error("cannot set up the runtime: {0}")]
+    Setup(io::Error),
+    /// A part that must live as long as the process has ended.
+    #[error("the {0} ended unexpectedly")]
+    Ended(&'static str),
+}
+
+/// Serves until `shutdown` fires and the open requests have ended, or `drain_grace` has passed. Blocks; call it on its own thread,
+/// outside any tokio runtime. Installs no signal handler and never exits the process.
+///
+/// # Errors
+/// When an address is in use, TLS cannot be set up, or a part ends unexpectedly.
+pub fn run(
+    config: BalancerConfig,
+    cluster: &ClusterConfig,
+    registry: Arc<dyn Registry>,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    Balancer::bind(config)?.run(cluster, registry, shutdown)
+}
+
+pub(crate) fn serve(
+    balancer: Balancer,
+    cluster: &ClusterConfig,
+    registry: Arc<dyn Registry>,
+    shutdown: Shutdown,
+) -> Result<(), RunError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(balancer.config.threads)
+        .thread_name("balancer")
+        .enable_all()
+        .build()
+        .map_err(RunError::Setup)?;
+    let outcome = start(&runtime, balancer, cluster, registry).and_then(|house| runtime.block_on(house.live(shutdown)));
+    runtime.shutdown_timeout(LEAVE_TIMEOUT);
+    outcome
+}
+
+/// Everything that runs.
+struct House {
+    service: JoinHandle<()>,
+    admin: JoinHandle<()>,
+    discover: JoinHandle<()>,
+    /// Closes the service's sockets and idle connections when set.
+    closing: watch::Sender<bool>,
+    /// Kept, so that the private listener answers to the end.
+    _admin_closing: watch::Sender<bool>,
+    open: Arc<OpenRequests>,
+    drain_grace: Duration,
+}
+
+fn start(
+    runtime: &Runtime,
+    balancer: Balancer,
+    cluster: &ClusterConfig,
+    registry: Arc<dyn Registry>,
+) -> Result<House, RunError> {
+    let _within = runtime.enter();
+    let Balancer { config, service, admin } = balancer;
+    let (names, fds) = bind::hand_over(service).map_err(RunError::Setup)?;
+    let (admin_names, admin_fds) = bind::hand_over(vec![admin]).map_err(RunError::Setup)?;
+    info!(cluster = %cluster.name, listen = ?names, tls = config.uses_tls(), admin = ?admin_names, "balancer listens");
+
+    let metrics = Arc::new(Metrics::new());
+    let open = Arc::new(OpenRequests::default());
+    let connector = Arc::new(connect_with(&config)?);
+    let (pool, signals) = PoolView::new();
+    let prober = Prober {
+        connector: Arc::clone(&connector),
+        health: config.health.clone(),
+        relay: config.relay.clone(),
+        has_upstream_tls: config.upstream_tls.is_some(),
+    };
+    let discover = Discover::new(config.health.rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics))
+        .run(registry, signals);
+    let (closing, closed) = watch::channel(false);
+    let (admin_closing, admin_closed) = watch::channel(false);
+    let private = Admin { pool: Arc::clone(&pool), metrics: Arc::clone(&metrics), open: Arc::clone(&open) };
+    let public = public_service(&config, connector, pool, &metrics, &open);
+    Ok(House {
+        service: listen(public, &names, fds, closed),
+        admin: listen(Service::new("admin".into(), private), &admin_names, admin_fds, admin_closed),
+        discover: tokio::spawn(discover),
+        closing,
+        _admin_closing: admin_closing,
+        open,
+        drain_grace: config.drain_grace,
+    })
+}
+
+fn connect_with(config: &BalancerConfig) -> Result<Connector, RunError> {
+    let mut options = ConnectorOptions::new(IDLE_UPSTREAMS_PER_THREAD * config.threads);
+    // without a CA of our own nobody is trusted, rather than whoever the system trusts
+    options.ca_file = Some("/dev/null".into());
+    if let Some(UpstreamTls { ca, identity }) = &config.upstream_tls {
+        // Pingora panics on files it cannot read, so they are read once more just before
+        config.upstream_tls.as_ref().map_or(Ok(()), UpstreamTls::check)?;
+        options.ca_file = Some(ca.display().to_string());
+        options.cert_key_file =
+            identity.as_ref().map(|(cert, key)| (cert.display().to_string(), key.display().to_string()));
+    }
+    Ok(Connector::new(Some(options)))
+}
+
+fn public_service(
+    config: &BalancerConfig,
+    connector: Arc<Connector>,
+    pool: Arc<PoolView>,
+    metrics: &Arc<Metrics>,
+    open: &Arc<OpenRequests>,
+) -> Service<Secured<Edge>> {
+    let mut options = HttpServerOptions::default();
+    options.h2_idle_timeout = Some(config.limits.idle_timeout);
+    let edge = Edge {
+        limits: config.limits.clone(),
+        keys: config.keys.clone(),
+        places: Arc::new(Semaphore::new(config.limits.concurrent_requests_max)),
+        relay: Relay { connector, rules: config.relay.clone(), pool: Arc::clone(&pool) },
+        pool,
+        metrics: Arc::clone(metrics),
+        open: Arc::clone(open),
+        options,
+        started: Instant::now(),
+    };
+    let refused = Refused { per_address: metrics.refused("per_address"), handshake: metrics.refused("handshake") };
+    let connections = Connections::new(config.limits.connections_per_address_max);
+    let secured = Secured::new(Arc::new(edge), config.tls.clone(), connections, config.limits.header_timeout, refused);
+    let mut service = Service::new("edge".into(), secured);
+    let gate = Gate { allowlist: config.allowlist.clone(), refused: metrics.refused("allowlist") };
+    service.set_connection_filter(Arc::new(gate));
+    service
+}
+
+fn listen<A: ServerApp + Send + Sync + 'static>(
+    mut service: Service<A>,
+    names: &[String],
+    fds: ListenFds,
+    closing: watch::Receiver<bool>,
+) -> JoinHandle<()> {
+    for name in names {
+        service.add_tcp(name);
+    }
+    tokio::spawn(async move { service.start_service(Some(fds), closing, 1).await })
+}
+
+impl House {
+    async fn live(mut self, mut shutdown: Shutdown) -> Result<(), RunError> {
+        tokio::select! {
+            () = shutdown.wait() => {}
+            _ = &mut self.service => return Err(RunError::Ended("listener")),
+            _ = &mut self.admin => return Err(RunError::Ended("private listener")),
+            _ = &mut self.discover => return Err(RunError::Ended("pool's writer")),
+        }
+        self.leave().await;
+        Ok(())
+    }
+
+    async fn leave(&self) {
+        info!(open = self.open.count(), grace = ?self.drain_grace, "balancer drains");
+        self.open.drain();
+        self.closing.send_replace(true);
+        // one turn, so that a request whose head has just been read is counted
+        tokio::task::yield_now().await;
+        match timeout(self.drain_grace, self.open.idle()).await {
+            Ok(()) => info!("balancer leaves, every request has ended"),
+            Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),
+        }
+    }
+}

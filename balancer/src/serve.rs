@@ -1,0 +1,238 @@
+//! A connection's requests, one after another: reading each head within its deadline, running the stages, keeping the connection.
+//!
+//! What HTTP leaves open is closed here and in `limits`: total deadlines instead of those per read, one meaning of a body's length,
+//! answers in the API's own error shape.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::header::AUTHORIZATION;
+use pingora::{
+    ErrorType::InvalidHTTPHeader,
+    apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream},
+    protocols::http::{
+        ServerSession,
+        v2::server::{H2Options, default_h2_options},
+    },
+    server::ShutdownWatch,
+};
+use serde_json::json;
+use tidegate_common::contract::{ApiError, ErrorKind};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, timeout},
+};
+
+use crate::{
+    answer::{self, Answer},
+    auth::{Keys, UnixSeconds},
+    body::Wish,
+    config::LimitsConfig,
+    ctx::RequestCtx,
+    drain::OpenRequests,
+    limits::{self, BodyError},
+    metrics::Metrics,
+    pool::PoolView,
+    record::Record,
+    relay::{Generation, Relay},
+    route::{self, Route},
+};
+
+/// How long a client may take to read a small answer.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long unread rest of a body may take before a connection is kept.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The service that clients meet.
+pub(crate) struct Edge {
+    pub(crate) limits: LimitsConfig,
+    pub(crate) keys: Option<Arc<Keys>>,
+    pub(crate) places: Arc<Semaphore>,
+    pub(crate) pool: Arc<PoolView>,
+    pub(crate) relay: Relay,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) open: Arc<OpenRequests>,
+    pub(crate) options: HttpServerOptions,
+    pub(crate) started: Instant,
+}
+
+/// How a request left its connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// The answer is whole; another request may follow.
+    Whole,
+    /// The answer is as whole as it gets; the connection must close.
+    Close,
+    /// Nobody is there any more.
+    ClientGone,
+}
+
+impl From<pingora::Result<()>> for Ended {
+    fn from(written: pingora::Result<()>) -> Self {
+        if written.is_ok() { Self::Whole } else { Self::ClientGone }
+    }
+}
+
+/// Marks a connection that has carried a request before.
+struct Reused;
+
+#[async_trait]
+impl HttpServerApp for Edge {
+    async fn process_new_http(
+        self: &Arc<Self>,
+        mut session: ServerSession,
+        shutdown: &ShutdownWatch,
+    ) -> Option<ReusedHttpStream> {
+        session.set_pipelining_enabled(true);
+        session.set_write_timeout(Some(WRITE_TIMEOUT));
+        session.set_total_drain_timeout(Some(DRAIN_TIMEOUT));
+        if !self.read_head(&mut session, shutdown.clone()).await {
+            return None;
+        }
+        let open = self.open.enter();
+        if *shutdown.borrow() {
+            session.set_keepalive(None);
+        }
+        let ended = self.handle(&mut session).await;
+        let kept = self.finish(session, ended).await;
+        drop(open);
+        kept
+    }
+
+    fn h2_options(&self) -> Option<H2Options> {
+        let mut options = default_h2_options();
+        options.max_header_list_size(u32::try_from(self.limits.header_bytes_max).unwrap_or(u32::MAX));
+        Some(options)
+    }
+
+    fn server_options(&self) -> Option<&HttpServerOptions> {
+        Some(&self.options)
+    }
+}
+
+impl Edge {
+    /// Whether there is a request to handle.
+    async fn read_head(&self, session: &mut ServerSession, mut shutdown: ShutdownWatch) -> bool {
+        let reused = session.take_connection_user_context().is_some();
+        let bound = if reused { self.limits.idle_timeout } else { self.limits.header_timeout };
+        let read = tokio::select! {
+            biased;
+            read = timeout(bound, session.read_request()) => read,
+            _ = shutdown.wait_for(|set| *set) => return false,
+        };
+        let error = match read {
+            Ok(Ok(present)) => return present,
+            Ok(Err(e)) if *e.etype() == InvalidHTTPHeader => {
+                ApiError::new(ErrorKind::InvalidRequest, "malformed_request", "the request's head is not valid HTTP")
+            }
+            Ok(Err(_)) => return false,
+            Err(_) if reused => return false,
+            Err(_) => ApiError::new(ErrorKind::RequestTimeout, "header_timeout", "the header took too long to arrive"),
+        };
+        let mut record = Record::new(Arc::clone(&self.metrics), RequestCtx::of_unread(session));
+        record.refused(&error);
+        let _ = answer::refuse_unread(session, &record.ctx.id, &error).await;
+        session.shutdown().await;
+        false
+    }
+
+    async fn handle(&self, session: &mut ServerSession) -> Ended {
+        let mut record = Record::new(Arc::clone(&self.metrics), RequestCtx::of(session));
+        match self.stages(session, &mut record).await {
+            Ok(ended) => ended,
+            Err(error) => refuse(session, &mut record, &error).await,
+        }
+    }
+
+    /// The stages in their order; each either passes the request on or refuses it.
+    async fn stages(&self, session: &mut ServerSession, record: &mut Record) -> Result<Ended, ApiError> {
+        if let Err(error) = limits::check_head(session, &self.limits) {
+            session.set_keepalive(None);
+            return Err(error);
+        }
+        let head = session.req_header();
+        let route = route::route(&head.method, head.uri.path());
+        if route == Ok(Route::Health) {
+            return Ok(self.health(session, record).await);
+        }
+        if let Some(keys) = &self.keys {
+            let authorization = session.get_header(AUTHORIZATION).map(|v| v.as_bytes());
+            record.ctx.tenant = Some(keys.owner(authorization, UnixSeconds::now())?);
+        }
+        let _place = limits::enter(&self.places)?;
+        match route? {
+            Route::Health => Ok(self.health(session, record).await),
+            Route::Models => Ok(self.models(session, record).await),
+            Route::Generation(path) => self.generate(path, session, record).await,
+        }
+    }
+
+    async fn generate(
+        &self,
+        path: &'static str,
+        session: &mut ServerSession,
+        record: &mut Record,
+    ) -> Result<Ended, ApiError> {
+        let body = match limits::read_body(session, &self.limits).await {
+            Ok(body) => body,
+            Err(BodyError::Refused(error)) => return Err(error),
+            Err(BodyError::ClientGone) => {
+                record.reason = "client_gone";
+                return Ok(Ended::ClientGone);
+            }
+        };
+        let wish = Wish::read(&body)?;
+        let snapshot = self.pool.load();
+        let (model, _) = route::pool(&snapshot, wish.model.as_deref())?;
+        record.model = model.to_owned();
+        drop(snapshot);
+        Ok(self.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+    }
+
+    async fn health(&self, session: &mut ServerSession, record: &mut Record) -> Ended {
+        let snapshot = self.pool.load();
+        let (status, word) = if snapshot.has_ready() { (200, "healthy") } else { (503, "unavailable") };
+        let ready: usize = snapshot.models.values().map(|pool| pool.ready.len()).sum();
+        let members: usize = snapshot.models.values().map(|pool| pool.members).sum();
+        let uptime = self.started.elapsed().as_secs();
+        let body = json!({"status": word, "uptime": uptime, "ready": ready, "members": members});
+        write_json(session, record, status, &body).await
+    }
+
+    /// Each model once, whichever nodes serve it.
+    async fn models(&self, session: &mut ServerSession, record: &mut Record) -> Ended {
+        let snapshot = self.pool.load();
+        let created = record.ctx.created.0 - self.started.elapsed().as_secs().min(record.ctx.created.0);
+        let model = |id: &String| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate"});
+        let ids: BTreeMap<_, _> = snapshot.models.iter().filter(|(_, pool)| !pool.ready.is_empty()).collect();
+        let data: Vec<_> = ids.into_keys().map(model).collect();
+        write_json(session, record, 200, &json!({"object": "list", "data": data})).await
+    }
+
+    async fn finish(&self, mut session: ServerSession, ended: Ended) -> Option<ReusedHttpStream> {
+        match ended {
+            Ended::ClientGone => {
+                session.shutdown().await;
+                return None;
+            }
+            Ended::Close => session.set_keepalive(None),
+            Ended::Whole => {}
+        }
+        let mut settings = HttpPersistentSettings::for_session(&session);
+        settings.set_user_context(Box::new(Reused));
+        let kept = session.finish().await.ok().flatten()?;
+        Some(ReusedHttpStream::from_reusable_stream(kept, settings))
+    }
+}
+
+async fn write_json(session: &mut ServerSession, record: &mut Record, status: u16, body: &serde_json::Value) -> Ended {
+    record.answered(status);
+    let answer = Answer::json(status, Bytes::from(body.to_string()));
+    answer::write(session, &record.ctx.id, None, answer).await.into()
+}
+
+async fn refuse(session: &mut ServerSession, record: &mut Record, error: &ApiError) -> Ended {
+    record.refused(error);
+    answer::refuse(session, &record.ctx.id, error).await.into()
+}
