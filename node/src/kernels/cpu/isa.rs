@@ -1,0 +1,94 @@
+//! Which instructions this machine has. Found once at start; part of the device class, since answers are equal within one class.
+
+/// Instruction sets with a form of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 with VNNI: int8 products.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Whatever the compiler makes of plain loops.
+    Portable,
+}
+
+impl Isa {
+    /// The widest that this machine has.
+    pub fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let vnni = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vnni");
+            if vnni {
+                return Self::Avx512Vnni;
+            }
+            if is_x86_feature_detected!("avx2") {
+                return Self::Avx2;
+            }
+        }
+        Self::Portable
+    }
+
+    /// Every set that this machine can run, widest first.
+    pub fn all_here() -> Vec<Self> {
+        let mut all = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        match Self::detect() {
+            Self::Avx512Vnni => all.splice(0..0, [Self::Avx512Vnni, Self::Avx2]).for_each(drop),
+            Self::Avx2 => all.insert(0, Self::Avx2),
+            Self::Portable => {}
+        }
+        all
+    }
+
+    /// Its word in the device class.
+    pub fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "avx512vnni",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+}
+
+/// Compiles one plain function for each instruction set, and calls the one that `Isa` names. The body must be the same arithmetic in
+/// the same order everywhere: the compiler only widens it, and never contracts a product and a sum.
+macro_rules! for_each_isa {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        $vis fn $name(isa: $crate::kernels::cpu::isa::Isa, $($arg: $type),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body($($arg: $type),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+            fn avx512($($arg: $type),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2")]
+            fn avx2($($arg: $type),*) $(-> $ret)? {
+                body($($arg),*)
+            }
+
+            match isa {
+                // SAFETY: this value of `Isa` exists only where the features were detected
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::isa::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+                // SAFETY: as above
+                #[cfg(target_arch = "x86_64")]
+                $crate::kernels::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::kernels::cpu::isa::Isa::Portable => body($($arg),*),
+            }
+        }
+    };
+}
+pub(crate) use for_each_isa;

@@ -1,0 +1,352 @@
+//! The fast form on CPUs: packed int8 products where the machine has them, plain f32 products elsewhere and for every other format.
+
+pub mod isa;
+mod attention;
+mod pool;
+mod rowwise;
+mod tiles;
+
+use std::{cell::RefCell, ops::Range};
+
+use self::{
+    attention::Cache as PagedCache,
+    isa::Isa,
+    pool::Pool,
+    rowwise::QUANT_BLOCK,
+    tiles::{Quantized, TILE_ROWS, Tiles},
+};
+use super::{Backend, CacheShape, Heads, Norm, Rope};
+use crate::{batch::Batch, weights::Weight};
+
+/// Tile rows that a thread takes at a time.
+const TILES_A_TURN: usize = 4;
+
+/// Rows of unpacked weights that a thread takes at a time.
+const WEIGHT_ROWS_A_TURN: usize = 16;
+
+/// The cores of this machine.
+pub struct Cpu {
+    isa: Isa,
+    pool: Pool,
+    /// Activations after norm or gate, `[T, K]`.
+    staged: Rows,
+    quantized: QuantizedRows,
+}
+
+/// Activations, `[T, width]`.
+#[derive(Debug, Default)]
+pub struct Rows {
+    width: usize,
+    values: Vec<f32>,
+}
+
+/// Weights of one or more matrices whose outputs stand side by side.
+#[derive(Debug)]
+pub struct Matrix {
+    parts: Vec<Part>,
+    rows: usize,
+    cols: usize,
+}
+
+/// Keys and values in blocks.
+#[derive(Debug)]
+pub struct Cache(PagedCache);
+
+#[derive(Debug)]
+enum Part {
+    Packed(Tiles),
+    /// As the file has it, dequantized row by row as it is used.
+    AsStored(Weight),
+}
+
+#[derive(Debug, Default)]
+struct QuantizedRows {
+    q: Vec<i8>,
+    scales: Vec<f32>,
+    sums: Vec<f32>,
+}
+
+/// A place that several threads write to, each its own part.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+// SAFETY: every use writes disjoint ranges from different threads, and reads none of them
+unsafe impl Sync for Shared {}
+// SAFETY: as above
+unsafe impl Send for Shared {}
+
+impl Shared {
+    /// # Safety
+    /// `at..at + len` lies within the buffer, and no other thread touches it now.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn slice(&self, at: usize, len: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
+    }
+}
+
+thread_local! {
+    /// One row of dequantized weights, or one group's attention scores.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Rows {
+    fn new(rows_max: usize, width: usize) -> Self {
+        Self { width, values: Vec::with_capacity(rows_max * width) }
+    }
+
+    fn resize(&mut self, rows: usize, width: usize) {
+        self.width = width;
+        self.values.resize(rows * width, 0.0);
+    }
+
+    fn count(&self) -> usize {
+        self.values.len() / self.width.max(1)
+    }
+
+    fn row(&self, i: usize) -> &[f32] {
+        &self.values[i * self.width..][..self.width]
+    }
+
+    fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.values[i * self.width..][..self.width]
+    }
+}
+
+impl Part {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Packed(tiles) => tiles.rows(),
+            Self::AsStored(weight) => weight.rows(),
+        }
+    }
+
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Packed(tiles) => tiles.dequantize_row(row, out),
+            Self::AsStored(weight) => weight.dequantize_row(row, out),
+        }
+    }
+}
+
+impl Cpu {
+    /// A device of `threads` threads on the widest instructions that the machine has.
+    pub fn new(threads: usize) -> Self {
+        Self::with_isa(threads, Isa::detect())
+    }
+
+    /// A device on given instructions, for tests that compare them.
+    pub fn with_isa(threads: usize, isa: Isa) -> Self {
+        Self { isa, pool: Pool::new(threads), staged: Rows::default(), quantized: QuantizedRows::default() }
+    }
+
+    fn pack(&self, weight: Weight) -> Part {
+        #[cfg(target_arch = "x86_64")]
+        if self.isa == Isa::Avx512Vnni
+            && let Some(tiles) = Tiles::pack(&weight)
+        {
+            return Part::Packed(tiles);
+        }
+        Part::AsStored(weight)
+    }
+
+    /// `staged[i] = norm(x[rows[i]])`
+    fn stage_normed(&mut self, x: &Rows, rows: impl ExactSizeIterator<Item = usize>, norm: &Norm) {
+        self.staged.resize(rows.len(), x.width);
+        for (i, row) in rows.enumerate() {
+            rowwise::rms_norm(self.isa, x.row(row), &norm.gains, norm.epsilon, self.staged.row_mut(i));
+        }
+    }
+
+    /// `out = staged @ W^T`, written over or added to what is there.
+    fn multiply_staged(&mut self, w: &Matrix, out: &mut [f32], add: bool) {
+        debug_assert_eq!(self.staged.width, w.cols, "activations fit the weights");
+        if w.parts.iter().any(|p| matches!(p, Part::Packed(_))) {
+            self.quantized.fill(self.isa, &self.staged);
+        }
+        let mut column = 0;
+        for part in &w.parts {
+            match part {
+                Part::Packed(tiles) => self.multiply_packed(tiles, out, w.rows, column, add),
+                Part::AsStored(weight) => self.multiply_stored(weight, out, w.rows, column, add),
+            }
+            column += part.rows();
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_packed(&mut self, tiles: &Tiles, out: &mut [f32], stride: usize, column: usize, add: bool) {
+        let rows = self.staged.count();
+        let x = self.quantized.as_ref();
+        let out = Shared(out.as_mut_ptr());
+        self.pool.for_each(tiles.rows() / TILE_ROWS, TILES_A_TURN, |range: Range<usize>| {
+            // a whole `Shared` moves into the closure, not its pointer
+            let out = &out;
+            let first = column + range.start * TILE_ROWS;
+            if !add {
+                // SAFETY: tiles are packed only where the instructions exist; columns of different tiles are disjoint
+                return unsafe { tiles::multiply(tiles, range, x, rows, out.0.add(first), stride) };
+            }
+            SCRATCH.with_borrow_mut(|scratch| {
+                let width = range.len() * TILE_ROWS;
+                scratch.resize(rows * width, 0.0);
+                // SAFETY: as above; `scratch` is this thread's own
+                unsafe { tiles::multiply(tiles, range, x, rows, scratch.as_mut_ptr(), width) };
+                for (row, products) in scratch.chunks_exact(width).enumerate() {
+                    // SAFETY: these columns belong to this range alone
+                    let out = unsafe { out.slice(row * stride + first, width) };
+                    out.iter_mut().zip(products).for_each(|(o, p)| *o += p);
+                }
+            });
+        });
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn multiply_packed(&mut self, _: &Tiles, _: &mut [f32], _: usize, _: usize, _: bool) {
+        unreachable!("weights are packed only where the instructions exist")
+    }
+
+    fn multiply_stored(&mut self, weight: &Weight, out: &mut [f32], stride: usize, column: usize, add: bool) {
+        let (isa, x, out) = (self.isa, &self.staged, Shared(out.as_mut_ptr()));
+        self.pool.for_each(weight.rows(), WEIGHT_ROWS_A_TURN, |range| {
+            let out = &out;
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(weight.cols(), 0.0);
+                for n in range {
+                    weight.dequantize_row(n, scratch);
+                    for row in 0..x.count() {
+                        let product = rowwise::dot(isa, x.row(row), scratch);
+                        // SAFETY: column `n` belongs to this range alone
+                        let out = unsafe { out.slice(row * stride + column + n, 1) };
+                        out[0] = if add { out[0] + product } else { product };
+                    }
+                }
+            });
+        });
+    }
+}
+
+impl QuantizedRows {
+    fn fill(&mut self, isa: Isa, x: &Rows) {
+        let blocks = x.width / QUANT_BLOCK;
+        self.q.resize(x.count() * x.width, 0);
+        self.scales.resize(x.count() * blocks, 0.0);
+        self.sums.resize(x.count() * blocks, 0.0);
+        for row in 0..x.count() {
+            let q = &mut self.q[row * x.width..][..x.width];
+            let (scales, sums) = (&mut self.scales[row * blocks..][..blocks], &mut self.sums[row * blocks..][..blocks]);
+            rowwise::quantize(isa, x.row(row), q, scales, sums);
+        }
+    }
+
+    fn as_ref(&self) -> Quantized<'_> {
+        Quantized { q: &self.q, scales: &self.scales, sums: &self.sums }
+    }
+}
+
+impl Backend for Cpu {
+    type Matrix = Matrix;
+    type Rows = Rows;
+    type Cache = Cache;
+
+    fn class(&self) -> String {
+        format!("cpu-{}", self.isa.name())
+    }
+
+    fn matrix(&self, parts: Vec<Weight>) -> Matrix {
+        let cols = parts[0].cols();
+        debug_assert!(parts.iter().all(|p| p.cols() == cols), "matrices side by side have equal inputs");
+        let parts: Vec<Part> = parts.into_iter().map(|w| self.pack(w)).collect();
+        Matrix { rows: parts.iter().map(Part::rows).sum(), parts, cols }
+    }
+
+    fn rows(&self, rows_max: usize, width: usize) -> Rows {
+        Rows::new(rows_max, width)
+    }
+
+    fn cache(&self, shape: CacheShape) -> Cache {
+        Cache(PagedCache::new(shape))
+    }
+
+    fn block_bytes(shape: CacheShape) -> usize {
+        shape.layers * PagedCache::block_values(shape.heads) * size_of::<u16>()
+    }
+
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], out: &mut Rows) {
+        out.resize(tokens.len(), table.cols);
+        for (i, token) in tokens.iter().enumerate() {
+            table.parts[0].dequantize_row(*token as usize, out.row_mut(i));
+        }
+    }
+
+    fn norm_linear(&mut self, x: &Rows, norm: &Norm, w: &Matrix, out: &mut Rows) {
+        self.stage_normed(x, 0..x.count(), norm);
+        out.resize(x.count(), w.rows);
+        self.multiply_staged(w, &mut out.values, false);
+    }
+
+    fn rope_write(&mut self, qkv: &mut Rows, rope: &Rope, batch: &Batch, layer: usize, cache: &mut Cache) {
+        let Heads { query, kv, dim } = cache.0.heads();
+        for i in 0..qkv.count() {
+            let (rotated, values) = qkv.row_mut(i).split_at_mut((query + kv) * dim);
+            rotated.chunks_exact_mut(dim).for_each(|head| rope.rotate(head, batch.positions[i] as usize));
+            cache.0.write(layer, batch.slots[i] as usize, &rotated[query * dim..], values);
+        }
+    }
+
+    fn attention(&mut self, qkv: &Rows, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
+        let heads = cache.0.heads();
+        out.resize(qkv.count(), heads.query_width());
+        let (isa, cache, width, target) = (self.isa, &cache.0, heads.query_width(), Shared(out.values.as_mut_ptr()));
+        let group = heads.query / heads.kv * heads.dim;
+        // one item of work: one row, one key-value head
+        self.pool.for_each(qkv.count() * heads.kv, 1, |range| {
+            let target = &target;
+            for item in range {
+                let (row, kv_head) = (item / heads.kv, item % heads.kv);
+                let span = &batch.spans[batch.spans.partition_point(|s| s.first_row + s.rows <= row)];
+                let context = batch.positions[row] as usize + 1;
+                let queries = &qkv.row(row)[kv_head * group..][..group];
+                // SAFETY: each item writes its own head group of its own row
+                let out = unsafe { target.slice(row * width + kv_head * group, group) };
+                SCRATCH.with_borrow_mut(|scores| {
+                    attention::attend(
+                        isa,
+                        cache,
+                        layer,
+                        kv_head,
+                        &batch.blocks[span.blocks_at..],
+                        context,
+                        queries,
+                        scores,
+                        out,
+                    );
+                });
+            }
+        });
+    }
+
+    fn linear_add(&mut self, x: &Rows, w: &Matrix, residual: &mut Rows) {
+        self.staged.resize(x.count(), x.width);
+        self.staged.values.copy_from_slice(&x.values);
+        self.multiply_staged(w, &mut residual.values, true);
+    }
+
+    fn gated_linear_add(&mut self, gate_up: &Rows, w: &Matrix, residual: &mut Rows) {
+        self.staged.resize(gate_up.count(), gate_up.width / 2);
+        for i in 0..gate_up.count() {
+            let (gate, up) = gate_up.row(i).split_at(gate_up.width / 2);
+            rowwise::silu_mul(self.isa, gate, up, self.staged.row_mut(i));
+        }
+        self.multiply_staged(w, &mut residual.values, true);
+    }
+
+    fn head(&mut self, x: &Rows, rows: &[u32], norm: &Norm, w: &Matrix, logits: &mut Rows) {
+        self.stage_normed(x, rows.iter().map(|r| *r as usize), norm);
+        logits.resize(rows.len(), w.rows);
+        self.multiply_staged(w, &mut logits.values, false);
+    }
+
+    fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {
+        &rows.values
+    }
+}

@@ -1,0 +1,181 @@
+//! What works on one row of activations: norm, gate, dot product, quantization to int8. Sums run over 16 lanes in a fixed order, so
+//! a row's result is the same bits on every instruction set.
+
+use super::isa::for_each_isa;
+
+/// Lanes of a sum; the width of an AVX-512 register of f32.
+const LANES: usize = 16;
+
+/// Values that share one scale when activations are quantized.
+pub(crate) const QUANT_BLOCK: usize = 32;
+
+#[inline(always)]
+fn add_lanes(lanes: [f32; LANES]) -> f32 {
+    let mut sums = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[inline(always)]
+fn dot_body(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let (a_whole, a_rest) = a.as_chunks::<LANES>();
+    let (b_whole, b_rest) = b.as_chunks::<LANES>();
+    for (x, y) in a_whole.iter().zip(b_whole) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
+    add_lanes(lanes) + rest
+}
+
+/// e^x, good to about 2 ulp for x in -87 to 0, in a form that compilers widen: split off the power of two, then a polynomial
+/// (Cephes `expf`, Moshier).
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let x = x.clamp(-87.0, 88.0);
+    // adding and subtracting 1.5 * 2^23 rounds to the nearest whole number
+    let magic = 12_582_912.0f32;
+    let n = x * LOG2_E + magic - magic;
+    let r = x - n * LN2_HIGH - n * LN2_LOW;
+    let mut p = 1.987_569_2e-4f32;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+        p = p * r + c;
+    }
+    let e = p * r * r + r + 1.0;
+    e * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+for_each_isa! {
+    /// Sum of `a[i] * b[i]`.
+    pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+        dot_body(a, b)
+    }
+}
+
+for_each_isa! {
+    /// `out = x / rms(x) * gains`
+    pub(crate) fn rms_norm(x: &[f32], gains: &[f32], epsilon: f32, out: &mut [f32]) {
+        let scale = 1.0 / (dot_body(x, x) / x.len() as f32 + epsilon).sqrt();
+        for ((o, x), g) in out.iter_mut().zip(x).zip(gains) {
+            *o = x * scale * g;
+        }
+    }
+}
+
+for_each_isa! {
+    /// `out = silu(gate) * up`
+    pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+            *o = g / (1.0 + exp(-g)) * u;
+        }
+    }
+}
+
+for_each_isa! {
+    /// Scores to weights that add up to one.
+    pub(crate) fn softmax(scores: &mut [f32]) {
+        let (whole, rest) = scores.as_chunks::<LANES>();
+        let mut tops = [f32::MIN; LANES];
+        for x in whole {
+            for i in 0..LANES {
+                tops[i] = if x[i] > tops[i] { x[i] } else { tops[i] };
+            }
+        }
+        let top = tops.iter().chain(rest).copied().fold(f32::MIN, f32::max);
+        let mut lanes = [0.0f32; LANES];
+        let (whole, rest) = scores.as_chunks_mut::<LANES>();
+        for x in whole {
+            for i in 0..LANES {
+                x[i] = exp(x[i] - top);
+                lanes[i] += x[i];
+            }
+        }
+        let mut total = 0.0;
+        for x in rest.iter_mut() {
+            *x = exp(*x - top);
+            total += *x;
+        }
+        let inverse = 1.0 / (add_lanes(lanes) + total);
+        scores.iter_mut().for_each(|x| *x *= inverse);
+    }
+}
+
+for_each_isa! {
+    /// Quantizes a row in blocks of [`QUANT_BLOCK`]: `q * scale` is the value; `sums` is scale times the sum of each block's `q`.
+    pub(crate) fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [f32]) {
+        let (x, _) = x.as_chunks::<QUANT_BLOCK>();
+        let (q, _) = q.as_chunks_mut::<QUANT_BLOCK>();
+        for (((x, q), scale), sum) in x.iter().zip(q).zip(scales).zip(sums) {
+            let mut tops = [0.0f32; LANES];
+            for i in 0..LANES {
+                let (a, b) = (x[i].abs(), x[i + LANES].abs());
+                tops[i] = if a > b { a } else { b };
+            }
+            let top = tops.iter().copied().fold(0.0, f32::max);
+            let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
+            let magic = 12_582_912.0f32;
+            let mut total = 0i32;
+            for i in 0..QUANT_BLOCK {
+                let n = (x[i] * inverse + magic - magic) as i32;
+                q[i] = n as i8;
+                total += n;
+            }
+            *scale = top / 127.0;
+            *sum = *scale * total as f32;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kernels::cpu::isa::Isa;
+
+    proptest! {
+        #[test]
+        fn exp_is_close_to_the_library_one(x in -86.0f32..0.0) {
+            prop_assert!((exp(x) / x.exp() - 1.0).abs() < 1e-6, "{} {}", exp(x), x.exp());
+        }
+
+        /// Law: every instruction set gives the same bits.
+        #[test]
+        fn all_instruction_sets_agree_to_the_bit(x in prop::collection::vec(-9.0f32..9.0, 32..200)) {
+            let results = Isa::all_here().into_iter().map(|isa| {
+                let mut soft = x.clone();
+                softmax(isa, &mut soft);
+                let mut normed = vec![0.0; x.len()];
+                rms_norm(isa, &x, &soft, 1e-5, &mut normed);
+                let mut gated = vec![0.0; x.len()];
+                silu_mul(isa, &x, &normed, &mut gated);
+                let whole = x.len() / QUANT_BLOCK;
+                let (mut q, mut scales, mut sums) = (vec![0i8; whole * QUANT_BLOCK], vec![0.0f32; whole], vec![0.0f32; whole]);
+                quantize(isa, &x, &mut q, &mut scales, &mut sums);
+                (soft, gated, dot(isa, &x, &normed), q, scales, sums)
+            });
+            let results: Vec<_> = results.collect();
+            prop_assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
+        }
+
+        #[test]
+        fn a_quantized_row_is_within_half_a_step(x in prop::collection::vec(-9.0f32..9.0, 32..=32)) {
+            let (mut q, mut scale, mut sum) = ([0i8; 32], [0.0f32], [0.0f32]);
+            quantize(Isa::detect(), &x, &mut q, &mut scale, &mut sum);
+            for (x, q) in x.iter().zip(q) {
+                prop_assert!((x - f32::from(q) * scale[0]).abs() <= scale[0] * 0.501);
+            }
+        }
+    }
+}

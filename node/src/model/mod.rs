@@ -1,0 +1,134 @@
+//! Models: tensors and [`Batch`], never requests. One architecture a file, written once over [`Backend`].
+
+mod llama;
+
+use candle_core::quantized::gguf_file::Value;
+
+use crate::{
+    batch::Batch,
+    kernels::{Backend, CacheShape, Heads},
+    kv::BLOCK_TOKENS,
+    weights::{Gguf, LoadError},
+};
+
+pub use llama::Llama;
+
+/// What the engine asks of a model.
+pub trait Model: Send {
+    /// Computes one step, and returns the logits after each of the batch's `logit_rows`, `[S, V]`.
+    fn forward(&mut self, batch: &Batch) -> &[f32];
+
+    /// Vocabulary, `V`.
+    fn vocab(&self) -> usize;
+
+    /// Device class of the backend it runs on.
+    fn device_class(&self) -> String;
+}
+
+/// Shape of a decoder, read from a model file and checked against sane bounds.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Layers.
+    pub layers: usize,
+    /// Embedding width, `E`.
+    pub width: usize,
+    /// Width of the gated layer, `F`.
+    pub gate_width: usize,
+    /// Attention heads.
+    pub heads: Heads,
+    /// Vocabulary, `V`.
+    pub vocab: usize,
+    /// Positions that the model was trained for.
+    pub context: usize,
+    /// Base of the rotary frequencies.
+    pub rope_base: f32,
+    /// Epsilon of the norms.
+    pub epsilon: f32,
+}
+
+impl Shape {
+    /// Reads the shape under the architecture's prefix.
+    ///
+    /// # Errors
+    /// When a value is missing or absurd.
+    pub fn read(gguf: &Gguf, arch: &str) -> Result<Self, LoadError> {
+        let number = |key: &str, max: usize| gguf.number_in(&format!("{arch}.{key}"), 1..=max);
+        let width = number("embedding_length", 1 << 16)?;
+        let query = number("attention.head_count", 1 << 10)?;
+        let kv = gguf.number(&format!("{arch}.attention.head_count_kv")).unwrap_or(query);
+        let dim = gguf.number(&format!("{arch}.attention.key_length")).unwrap_or(width / query);
+        if kv == 0 || !query.is_multiple_of(kv) || dim == 0 || dim > 1 << 10 || dim % 2 != 0 {
+            return Err(
+                gguf.broken(format!("{query} query heads, {kv} key-value heads of width {dim} do not fit together"))
+            );
+        }
+        let vocab = match gguf.value("tokenizer.ggml.tokens") {
+            Some(Value::Array(tokens)) if !tokens.is_empty() => tokens.len(),
+            _ => return Err(gguf.broken("'tokenizer.ggml.tokens' is missing")),
+        };
+        Ok(Self {
+            layers: number("block_count", 1 << 10)?,
+            width,
+            gate_width: number("feed_forward_length", 1 << 20)?,
+            heads: Heads { query, kv, dim },
+            vocab,
+            context: number("context_length", 1 << 24)?,
+            rope_base: gguf.real(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0),
+            epsilon: gguf.real(&format!("{arch}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
+        })
+    }
+
+    /// Shape of the cache with `blocks` blocks.
+    pub fn cache(&self, blocks: usize) -> CacheShape {
+        CacheShape { layers: self.layers, blocks, heads: self.heads }
+    }
+
+    /// Most blocks whose cache fits into `bytes`, on this backend.
+    pub fn blocks_in<B: Backend>(&self, bytes: u64) -> usize {
+        usize::try_from(bytes).unwrap_or(usize::MAX) / B::block_bytes(self.cache(1))
+    }
+}
+
+/// Sizes that a model is loaded for.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Most tokens in a step.
+    pub batch_tokens_max: usize,
+    /// Most positions of a sequence.
+    pub context: usize,
+    /// KV blocks.
+    pub blocks: usize,
+}
+
+impl Capacity {
+    /// Blocks that one sequence of full length takes.
+    pub fn blocks_per_sequence(&self) -> usize {
+        self.context.div_ceil(BLOCK_TOKENS)
+    }
+}
+
+/// Architecture of a file, when it is one of ours.
+///
+/// # Errors
+/// When it is missing or another.
+pub fn architecture(gguf: &Gguf) -> Result<&str, LoadError> {
+    match gguf.text("general.architecture") {
+        Some(arch @ "llama") => Ok(arch),
+        Some(other) => {
+            Err(LoadError::Unsupported(format!("architecture '{other}' is not supported yet; supported: llama")))
+        }
+        None => Err(gguf.broken("'general.architecture' is missing")),
+    }
+}
+
+/// Loads the model of a file onto a backend.
+///
+/// # Errors
+/// When the file lacks a tensor, or one has the wrong shape.
+pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: B, capacity: Capacity) -> Result<Box<dyn Model>, LoadError> {
+    let arch = architecture(gguf)?;
+    Ok(Box::new(Llama::load(gguf, &Shape::read(gguf, arch)?, backend, capacity)?))
+}
+
+#[cfg(test)]
+pub(crate) mod tiny;

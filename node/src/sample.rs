@@ -1,0 +1,183 @@
+//! From logits to a token. Pure: the randomness is a function of (seed, choice, position), so a sequence that is preempted, resumed on
+//! another node or batched with others draws the same numbers.
+
+use std::cmp::Ordering;
+
+/// How the next token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Smallest set of tokens whose probability reaches this; 1 keeps all (Holtzman et al. 2019, arXiv:1904.09751).
+    pub top_p: f32,
+    /// Most tokens to choose from; 0 keeps all.
+    pub top_k: usize,
+    /// Tokens less likely than this share of the likeliest are dropped; 0 keeps all.
+    pub min_p: f32,
+    /// Seed of the randomness.
+    pub seed: u64,
+}
+
+/// Which draw of a request this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draw {
+    /// Index of the choice, below the request's `n`.
+    pub choice: u32,
+    /// How many tokens of this choice came before.
+    pub position: u32,
+}
+
+/// Philox4x32-10, a counter-based generator: ten rounds of multiply and exchange over a counter of 128 bits under a key of 64.
+///
+/// # Source
+/// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let mut c = counter;
+    let mut k = key;
+    for _ in 0..10 {
+        let a = u64::from(c[0]) * 0xD251_1F53;
+        let b = u64::from(c[2]) * 0xCD9E_8D57;
+        c = [(b >> 32) as u32 ^ c[1] ^ k[0], b as u32, (a >> 32) as u32 ^ c[3] ^ k[1], a as u32];
+        k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
+    }
+    c
+}
+
+/// A number in [0, 1) with 24 random bits.
+fn uniform(seed: u64, draw: Draw) -> f32 {
+    let [bits, ..] = philox([draw.position, draw.choice, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    (bits >> 8) as f32 / (1u32 << 24) as f32
+}
+
+/// Chooses the next token. `scratch` keeps its memory from call to call.
+///
+/// # Shapes
+/// `logits`: `[V]`, not empty.
+pub fn sample(logits: &[f32], sampling: &Sampling, draw: Draw, scratch: &mut Vec<(f32, u32)>) -> u32 {
+    if sampling.temperature <= 0.0 || sampling.top_k == 1 {
+        return likeliest(logits);
+    }
+    candidates(logits, sampling, scratch);
+    pick(scratch, uniform(sampling.seed, draw))
+}
+
+/// The first of the greatest; a NaN is never chosen.
+fn likeliest(logits: &[f32]) -> u32 {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+    logits.iter().position(|x| *x == top).unwrap_or(0) as u32
+}
+
+/// Likelier first; among equals the smaller id.
+fn order(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+    b.0.total_cmp(&a.0).then(a.1.cmp(&b.1))
+}
+
+/// Weights of the tokens that may be chosen, relative to the likeliest, in an order that only depends on the logits.
+fn candidates(logits: &[f32], sampling: &Sampling, out: &mut Vec<(f32, u32)>) {
+    let top = logits[likeliest(logits) as usize];
+    // what is below this weighs less than 2^-24 of the likeliest: f32 sums would not see it
+    let floor = (sampling.min_p.max(f32::EPSILON / 2.0)).ln() * sampling.temperature + top;
+    out.clear();
+    out.extend(logits.iter().enumerate().filter(|(_, x)| **x >= floor).map(|(id, x)| (*x, id as u32)));
+    if sampling.top_k > 0 && out.len() > sampling.top_k {
+        out.select_nth_unstable_by(sampling.top_k - 1, order);
+        out.truncate(sampling.top_k);
+    }
+    for candidate in out.iter_mut() {
+        candidate.0 = ((candidate.0 - top) / sampling.temperature).exp();
+    }
+    if sampling.top_p < 1.0 {
+        out.sort_unstable_by(order);
+        keep_mass(out, sampling.top_p);
+    } else {
+        out.sort_unstable_by_key(|c| c.1);
+    }
+}
+
+/// Cuts a sorted list where its weight reaches `share` of the whole; at least one stays.
+fn keep_mass(sorted: &mut Vec<(f32, u32)>, share: f32) {
+    let total: f32 = sorted.iter().map(|c| c.0).sum();
+    let mut mass = 0.0;
+    let enough = sorted.iter().position(|c| {
+        mass += c.0;
+        mass >= share * total
+    });
+    sorted.truncate(enough.map_or(sorted.len(), |i| i + 1));
+}
+
+fn pick(candidates: &[(f32, u32)], uniform: f32) -> u32 {
+    let total: f32 = candidates.iter().map(|c| c.0).sum();
+    let mut left = uniform * total;
+    for (weight, id) in candidates {
+        left -= weight;
+        if left < 0.0 {
+            return *id;
+        }
+    }
+    candidates.last().map_or(0, |c| c.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 7 };
+
+    fn draw(logits: &[f32], sampling: &Sampling, position: u32) -> u32 {
+        sample(logits, sampling, Draw { choice: 0, position }, &mut Vec::new())
+    }
+
+    /// Known answers of the authors' own library, Random123 (`kat_vectors`).
+    #[test]
+    fn philox_gives_the_published_answers() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        let pi = philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]);
+        assert_eq!(pi, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_greatest_and_never_a_nan() {
+        let greedy = Sampling { temperature: 0.0, ..PLAIN };
+        assert_eq!(draw(&[0.0, 3.0, f32::NAN, 3.0], &greedy, 0), 1);
+        assert_eq!(draw(&[f32::NAN, f32::NAN], &greedy, 0), 0);
+    }
+
+    #[test]
+    fn shares_follow_the_probabilities() {
+        let logits = [0.1f32.ln(), 0.2f32.ln(), 0.7f32.ln()];
+        let mut counts = [0u32; 3];
+        (0..20_000).for_each(|i| counts[draw(&logits, &PLAIN, i) as usize] += 1);
+        for (count, share) in counts.iter().zip([0.1, 0.2, 0.7]) {
+            assert!((f64::from(*count) / 20_000.0 - share).abs() < 0.012, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn top_k_top_p_and_min_p_cut_the_tail() {
+        let logits = [0.5f32.ln(), 0.3f32.ln(), 0.15f32.ln(), 0.05f32.ln()];
+        let seen =
+            |s: Sampling| (0..500).map(|i| draw(&logits, &s, i)).collect::<std::collections::BTreeSet<u32>>().len();
+        assert_eq!(seen(PLAIN), 4);
+        assert_eq!(seen(Sampling { top_k: 2, ..PLAIN }), 2);
+        assert_eq!(seen(Sampling { top_p: 0.79, ..PLAIN }), 2);
+        assert_eq!(seen(Sampling { min_p: 0.2, ..PLAIN }), 3);
+        assert_eq!(seen(Sampling { top_p: 0.0, ..PLAIN }), 1);
+    }
+
+    proptest! {
+        /// Law: whatever the logits and settings, the token is one of the vocabulary, and the same draw gives the same token.
+        #[test]
+        fn any_setting_gives_a_token_and_gives_it_again(
+            logits in prop::collection::vec(-1e30f32..1e30, 1..80),
+            temperature in 0f32..5.0, top_p in 0f32..=1.0, top_k in 0usize..90, min_p in 0f32..=1.0, seed: u64, position: u32,
+        ) {
+            let sampling = Sampling { temperature, top_p, top_k, min_p, seed };
+            let token = draw(&logits, &sampling, position);
+            prop_assert!((token as usize) < logits.len());
+            prop_assert_eq!(token, draw(&logits, &sampling, position));
+        }
+    }
+}
