@@ -1,0 +1,377 @@
+//! The folder that models are kept in: `<data dir>/models/`.
+//!
+//! A model is a file with a record beside it (`<file>.json`), written last: a file without its record is not there. Everything on the
+//! way in lies in `.partial/`, under one lock, so a crash leaves nothing that could be taken for a model.
+
+use std::{
+    fs::{self, File, TryLockError},
+    path::{Path, PathBuf},
+};
+
+use etcetera::BaseStrategy;
+use serde::{Deserialize, Serialize};
+
+use super::{ModelError, ModelRef, Progress, Source, digest, fetch, hub};
+
+/// Version of the record's form.
+const RECORD_VERSION: u32 = 1;
+
+/// Models kept on this machine.
+#[derive(Debug, Clone)]
+pub struct Store {
+    folder: PathBuf,
+}
+
+/// What was known of a file when it came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this form.
+    pub v: u32,
+    /// The reference that it was fetched by.
+    pub model: String,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+    /// Size of the file.
+    pub bytes: u64,
+    /// SPDX name of the licence, where the catalogue knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub licence: Option<String>,
+}
+
+/// One model of the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// The file.
+    pub path: PathBuf,
+    /// What is known of it.
+    pub record: Record,
+}
+
+/// What [`Store::verify`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// The file is what it was.
+    Good,
+    /// The file has another SHA-256 now.
+    Changed {
+        /// Which.
+        found: String,
+    },
+    /// The record is there and the file is not.
+    Missing,
+}
+
+impl Store {
+    /// The store below a data folder. Nothing is created before something is pulled.
+    pub fn open(data_dir: &Path) -> Self {
+        Self { folder: data_dir.join("models") }
+    }
+
+    /// The data folder when none is named: `$TIDEGATE_DATA_DIR`, else `tidegate` in the user's XDG data folder.
+    ///
+    /// # Errors
+    /// When the variable is not set and the user has no home.
+    pub fn default_data_dir() -> Result<PathBuf, ModelError> {
+        if let Some(dir) = std::env::var_os("TIDEGATE_DATA_DIR").filter(|dir| !dir.is_empty()) {
+            return Ok(PathBuf::from(dir));
+        }
+        let xdg = etcetera::choose_base_strategy().map_err(|e| ModelError::NoHome(e.to_string()))?;
+        Ok(xdg.data_dir().join("tidegate"))
+    }
+
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Where the model lies on this machine. Never touches the network.
+    ///
+    /// # Errors
+    /// [`ModelError::NotFound`], with every place that was looked at.
+    pub fn locate(&self, model: &ModelRef) -> Result<PathBuf, ModelError> {
+        let looked = match model.source() {
+            Source::Path(path) => {
+                let path = std::path::absolute(path).map_err(ModelError::io(path, "find"))?;
+                if path.exists() {
+                    return Ok(path);
+                }
+                path
+            }
+            Source::Hub { owner, repo, file: None } => {
+                let folder = self.folder.join("hf").join(owner).join(repo);
+                if let [kept] = self.below(&folder)?.as_slice() {
+                    return Ok(kept.path.clone());
+                }
+                folder
+            }
+            _ => {
+                let path = self.folder.join(place(model));
+                if is_present(&path) {
+                    return Ok(path);
+                }
+                path
+            }
+        };
+        Err(not_found(model, looked))
+    }
+
+    /// Where the model lies, after fetching it when it is not there yet.
+    ///
+    /// # Errors
+    /// When it cannot be fetched, kept, or is not what it should be; nothing is left behind then.
+    pub fn pull(&self, model: &ModelRef, progress: &dyn Progress) -> Result<PathBuf, ModelError> {
+        match self.locate(model) {
+            Err(ModelError::NotFound { .. }) if !matches!(model.source(), Source::Path(_)) => {}
+            settled => return settled,
+        }
+        fs::create_dir_all(&self.folder).map_err(ModelError::io(&self.folder, "create"))?;
+        let _lock = self.lock(progress)?;
+        // another process may have pulled it while this one waited
+        match self.locate(model) {
+            Err(ModelError::NotFound { .. }) => self.pull_locked(model, progress),
+            settled => settled,
+        }
+    }
+
+    /// All models, in the order of their paths.
+    ///
+    /// # Errors
+    /// When a folder cannot be listed or a record cannot be read.
+    pub fn list(&self) -> Result<Vec<Kept>, ModelError> {
+        let mut kept = self.below(&self.folder)?;
+        kept.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(kept)
+    }
+
+    /// Reads a model's file again and compares it with its record.
+    ///
+    /// # Errors
+    /// When the file is there and cannot be read.
+    pub fn verify(&self, kept: &Kept, progress: &dyn Progress) -> Result<State, ModelError> {
+        if !kept.path.exists() {
+            return Ok(State::Missing);
+        }
+        let (found, _) = digest::of_file(&kept.path, progress)?;
+        Ok(if found == kept.record.sha256 { State::Good } else { State::Changed { found } })
+    }
+
+    fn pull_locked(&self, model: &ModelRef, progress: &dyn Progress) -> Result<PathBuf, ModelError> {
+        let model = &hub::resolve(model)?;
+        let scratch = self.folder.join(".partial");
+        remove_all(&scratch)?;
+        let result = self.pull_through(model, &scratch, progress);
+        let cleaned = remove_all(&scratch);
+        let path = result?;
+        cleaned.map(|()| path)
+    }
+
+    fn pull_through(&self, model: &ModelRef, scratch: &Path, progress: &dyn Progress) -> Result<PathBuf, ModelError> {
+        let download = scratch.join("download");
+        fs::create_dir_all(&download).map_err(ModelError::io(&download, "create"))?;
+        let file = scratch.join("model");
+        fetch::fetch(model, &download, &file, progress)?;
+        let record = examine(model, &file, progress)?;
+        let path = self.folder.join(place(model));
+        keep(&record, &file, &path)?;
+        Ok(path)
+    }
+
+    fn lock(&self, progress: &dyn Progress) -> Result<File, ModelError> {
+        let path = self.folder.join(".lock");
+        let lock = File::create(&path).map_err(ModelError::io(&path, "create"))?;
+        match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) => progress.begin("waiting for another process that pulls a model", None),
+            Err(TryLockError::Error(e)) => return Err(ModelError::io(path, "lock")(e)),
+        }
+        lock.lock().map_err(ModelError::io(path, "lock"))?;
+        Ok(lock)
+    }
+
+    fn below(&self, folder: &Path) -> Result<Vec<Kept>, ModelError> {
+        let mut found = Vec::new();
+        let entries = match fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(found),
+            Err(e) => return Err(ModelError::io(folder, "list")(e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(ModelError::io(folder, "list"))?.path();
+            let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+            if path.is_dir() && !hidden {
+                found.extend(self.below(&path)?);
+            } else if let Some(file) = described_by(&path) {
+                found.push(Kept { record: read_record(&file)?, path: file });
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Where a model lies below the store's folder. References are narrow enough to be paths, see `reference`.
+fn place(model: &ModelRef) -> PathBuf {
+    match model.source() {
+        Source::Pip { package, version, file } => Path::new("pip").join(format!("{package}-{version}")).join(file),
+        Source::Hub { owner, repo, file } => {
+            Path::new("hf").join(owner).join(repo).join(file.as_deref().unwrap_or_default())
+        }
+        Source::Path(path) => path.clone(),
+    }
+}
+
+fn not_found(model: &ModelRef, looked: PathBuf) -> ModelError {
+    let fix = match model.source() {
+        Source::Path(_) => "correct the path, or name a model of the catalogue".to_owned(),
+        _ => format!("run `tidegate model pull {model}`"),
+    };
+    ModelError::NotFound { model: model.to_string(), looked: vec![looked], fix }
+}
+
+fn examine(model: &ModelRef, file: &Path, progress: &dyn Progress) -> Result<Record, ModelError> {
+    let (sha256, bytes) = digest::of_file(file, progress)?;
+    if let Some(expected) = model.sha256().filter(|expected| *expected != sha256) {
+        return Err(ModelError::Checksum { model: model.to_string(), expected: expected.to_owned(), found: sha256 });
+    }
+    let licence = model.entry().map(|entry| entry.licence.to_owned());
+    Ok(Record { v: RECORD_VERSION, model: model.to_string(), sha256, bytes, licence })
+}
+
+fn keep(record: &Record, file: &Path, path: &Path) -> Result<(), ModelError> {
+    let folder = path.parent().unwrap_or(path);
+    fs::create_dir_all(folder).map_err(ModelError::io(folder, "create"))?;
+    File::open(file).and_then(|f| f.sync_all()).map_err(ModelError::io(file, "write"))?;
+    fs::rename(file, path).map_err(ModelError::io(path, "create"))?;
+    let text = serde_json::to_vec_pretty(record).expect("a record is plain data");
+    let draft = file.with_extension("json");
+    fs::write(&draft, text).map_err(ModelError::io(&draft, "write"))?;
+    let beside = record_path(path);
+    fs::rename(&draft, &beside).map_err(ModelError::io(beside, "create"))
+}
+
+fn is_present(path: &Path) -> bool {
+    let size = fs::metadata(path).map(|meta| meta.len()).ok();
+    read_record(path).is_ok_and(|record| Some(record.bytes) == size)
+}
+
+fn record_path(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".json");
+    PathBuf::from(name)
+}
+
+/// The model that `path` is the record of.
+fn described_by(path: &Path) -> Option<PathBuf> {
+    let text = path.to_str()?;
+    text.strip_suffix(".json").map(PathBuf::from)
+}
+
+fn read_record(path: &Path) -> Result<Record, ModelError> {
+    let beside = record_path(path);
+    let text = fs::read(&beside).map_err(ModelError::io(&beside, "read"))?;
+    serde_json::from_slice(&text).map_err(|e| ModelError::io(beside, "understand")(e.into()))
+}
+
+fn remove_all(folder: &Path) -> Result<(), ModelError> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(ModelError::io(folder, "remove")(e)),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::models::Silent;
+
+    fn model(text: &str) -> ModelRef {
+        text.parse().unwrap()
+    }
+
+    /// A store with one file in it, as a pull would have left it.
+    fn with_model(dir: &Path, text: &str, weights: &[u8]) -> (Store, PathBuf) {
+        let store = Store::open(dir);
+        let path = store.folder.join(place(&model(text)));
+        let draft = dir.join("draft");
+        fs::write(&draft, weights).unwrap();
+        let record = examine(&model(text), &draft, &Silent).unwrap();
+        keep(&record, &draft, &path).unwrap();
+        (store, path)
+    }
+
+    #[test]
+    fn what_is_kept_is_located_listed_and_verified() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, path) = with_model(dir.path(), "hf:acme/tiny/sub/t.gguf", b"weights");
+        assert_eq!(store.locate(&model("hf:acme/tiny/sub/t.gguf")).unwrap(), path);
+        assert_eq!(store.locate(&model("hf:acme/tiny")).unwrap(), path);
+        // pulling again does nothing: there is no network in a unit test
+        assert_eq!(store.pull(&model("hf:acme/tiny/sub/t.gguf"), &Silent).unwrap(), path);
+        let kept = store.list().unwrap();
+        assert_eq!(kept.len(), 1);
+        assert_eq!((kept[0].record.model.as_str(), kept[0].record.bytes), ("hf:acme/tiny/sub/t.gguf", 7));
+        assert_eq!(store.verify(&kept[0], &Silent).unwrap(), State::Good);
+    }
+
+    #[test]
+    fn a_flipped_bit_and_a_lost_file_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, path) = with_model(dir.path(), "pip:acme==1/t.gguf", b"weights");
+        let kept = store.list().unwrap().remove(0);
+        fs::write(&path, b"weightz").unwrap();
+        assert!(matches!(store.verify(&kept, &Silent).unwrap(), State::Changed { .. }));
+        fs::remove_file(&path).unwrap();
+        assert_eq!(store.verify(&kept, &Silent).unwrap(), State::Missing);
+    }
+
+    #[test]
+    fn a_file_cut_short_or_without_record_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, path) = with_model(dir.path(), "pip:acme==1/t.gguf", b"weights");
+        fs::write(&path, b"wei").unwrap();
+        assert!(store.locate(&model("pip:acme==1/t.gguf")).is_err());
+        fs::write(&path, b"weights").unwrap();
+        fs::remove_file(record_path(&path)).unwrap();
+        assert!(store.locate(&model("pip:acme==1/t.gguf")).is_err());
+    }
+
+    #[test]
+    fn a_model_that_is_not_there_says_where_it_was_looked_for_and_how_to_get_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = Store::open(dir.path()).locate(&ModelRef::default()).unwrap_err().to_string();
+        assert!(
+            text.contains("tidegate model pull smollm2-135m") && text.contains(dir.path().to_str().unwrap()),
+            "{text}"
+        );
+        let text = Store::open(dir.path()).pull(&model("/no/such.gguf"), &Silent).unwrap_err().to_string();
+        assert!(text.contains("/no/such.gguf") && text.contains("correct the path"), "{text}");
+    }
+
+    #[test]
+    fn the_wrong_file_is_refused_with_both_checksums() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        fs::write(&file, "not the model").unwrap();
+        let error = examine(&ModelRef::default(), &file, &Silent).unwrap_err();
+        let ModelError::Checksum { expected, found, .. } = error else { panic!("{error}") };
+        assert!(expected.starts_with("b179c952") && found.len() == 64);
+    }
+
+    #[test]
+    fn several_files_of_one_repository_make_its_bare_name_ambiguous() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = with_model(dir.path(), "hf:acme/tiny/a.gguf", b"a");
+        with_model(dir.path(), "hf:acme/tiny/b.gguf", b"b");
+        assert!(store.locate(&model("hf:acme/tiny")).is_err());
+    }
+
+    #[test]
+    fn a_second_process_waits_for_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = with_model(dir.path(), "hf:acme/tiny/a.gguf", b"a");
+        let held = store.lock(&Silent).unwrap();
+        let second = File::open(store.folder.join(".lock")).unwrap();
+        assert!(matches!(second.try_lock(), Err(TryLockError::WouldBlock)));
+        drop(held);
+        second.try_lock().unwrap();
+    }
+}
