@@ -1,0 +1,241 @@
+//! Streams and what happens to them when nodes are lost.
+
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tidegate_common::contract::event;
+
+use crate::support::{Act, CHAT, House, MODEL, Seen, chat, end, good, silent, texts, tokens};
+
+fn resume(seen: &Seen) -> Value {
+    seen.json().get("tidegate_resume").cloned().unwrap_or(Value::Null)
+}
+
+/// Scripts whichever node is asked first: both get the faulty script, and the one that is asked second drops it unused.
+fn first(house: &House, acts: Vec<Act>) {
+    // round-robin begins with the first member of a fresh pool
+    house.nodes[0].script(acts);
+}
+
+#[tokio::test]
+async fn a_stream_passes_without_its_ids() {
+    let mut house = House::with_nodes(1).await;
+    let request =
+        house.client.post(house.url(CHAT)).header("x-request-id", "mine-1").header("x-tidegate-tenant", "evil");
+    let response = request.body(chat(true).to_string()).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], event::CONTENT_TYPE);
+    assert_eq!(response.headers()["x-request-id"], "mine-1");
+    assert_eq!(response.headers()["x-tidegate-node"], "n0");
+    let text = response.text().await.unwrap();
+    assert!(!text.contains("id:"), "{text}");
+    assert_eq!(texts(&text), ("ab".into(), true));
+    let seen = house.asked().await;
+    assert_eq!(seen.json(), chat(true));
+    assert_eq!(seen.header("x-tidegate-stream"), Some("1"));
+    assert_eq!(seen.header("x-request-id"), Some("mine-1"));
+    assert_eq!(seen.header("x-tidegate-tenant"), None);
+    assert!(seen.header("x-tidegate-seed").unwrap().parse::<u64>().is_ok());
+    assert!(seen.header("x-tidegate-created").unwrap().parse::<u64>().unwrap() > 1_700_000_000);
+    assert!(seen.header("x-tidegate-deadline-ms").unwrap().parse::<u64>().unwrap() <= 300_000);
+}
+
+#[tokio::test]
+async fn a_client_that_wants_one_body_gets_the_last_event() {
+    let mut house = House::with_nodes(1).await;
+    let mut body = chat(false);
+    body["seed"] = 7.into();
+    let response = house.post(CHAT, &body).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.headers()["content-type"], "application/json");
+    let text = response.text().await.unwrap();
+    assert_eq!(text, r#"{"object":"chat.completion"}"#);
+    let seen = house.asked().await;
+    assert_eq!(seen.header("x-tidegate-stream"), Some("1"));
+    assert_eq!(seen.header("x-tidegate-seed"), None, "the client's own seed stands in the body");
+}
+
+#[tokio::test]
+async fn what_goes_wrong_before_the_first_byte_moves_to_another_node() {
+    for fault in [
+        vec![Act::Kill],
+        vec![Act::Whole(500, "", "{}")],
+        vec![Act::Whole(503, "", "{}")],
+        vec![Act::Head, Act::Kill],
+        vec![Act::Head, Act::Finish],
+        vec![Act::Head, Act::Send(event::HANDOVER.to_vec())],
+        vec![Act::Head, Act::Send(b"id: 0:0:1\ndata: half".to_vec()), Act::Kill],
+    ] {
+        for stream in [true, false] {
+            let mut house = House::with_nodes(2).await;
+            first(&house, fault.clone());
+            let (status, text) = house.ask(&chat(stream)).await;
+            assert_eq!(status, 200, "{fault:?} {text}");
+            let (lost, taken) = (house.asked().await, house.asked().await);
+            assert_ne!(lost.node, taken.node);
+            assert_eq!(lost.body, taken.body, "nothing had passed, so nothing is resumed");
+            assert_eq!(lost.header("x-tidegate-seed"), taken.header("x-tidegate-seed"));
+            assert_eq!(lost.header("x-request-id"), taken.header("x-request-id"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_killed_node_fails_no_request() {
+    let house = House::with_nodes(3).await;
+    house.nodes[1].kill();
+    for i in 0..60 {
+        let (status, text) = house.ask(&chat(i % 2 == 0)).await;
+        assert_eq!(status, 200, "{text}");
+    }
+    house.until(|members| crate::support::ready(members) == ["n0", "n2"]).await;
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_where_its_node_was_lost() {
+    for loss in [
+        vec![Act::Kill],
+        vec![Act::Finish],
+        vec![Act::Send(event::HANDOVER.to_vec())],
+        vec![Act::Send(b"id: 0:3:8\ndata: {\"half".to_vec()), Act::Kill],
+        vec![Act::Send(b"id: 0:9:8\ndata: {}\n\n".to_vec())], // a node that has lost count
+    ] {
+        let mut house = House::with_nodes(2).await;
+        let mut acts = vec![Act::Head, tokens(0, &[11], "a"), silent(1, &[12]), tokens(2, &[13], "b")];
+        acts.extend(loss.clone());
+        first(&house, acts);
+        house.nodes[1].script(vec![Act::Head, tokens(3, &[14], "c"), end("[DONE]"), Act::Finish]);
+        let (status, text) = house.ask(&chat(true)).await;
+        assert_eq!((status, texts(&text)), (200, ("abc".into(), true)), "{loss:?}");
+        let (before, after) = (house.asked().await, house.asked().await);
+        assert_eq!(resume(&before), Value::Null);
+        assert_eq!(resume(&after), json!({"tokens": [[11, 12, 13]]}));
+        for header in ["x-tidegate-seed", "x-tidegate-created", "x-request-id"] {
+            assert_eq!(before.header(header), after.header(header));
+        }
+        let metrics = house.metrics().await;
+        assert!(metrics.lines().any(|l| l.starts_with("tidegate_resumes_total") && l.ends_with(" 1")), "{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_of_one_body_is_resumed_too() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![Act::Head, silent(0, &[1, 2]), Act::Kill]);
+    house.nodes[1].script(vec![Act::Head, silent(2, &[3]), end("{\"all\":3}"), Act::Finish]);
+    let (status, text) = house.ask(&json!({"model": MODEL, "n": 2})).await;
+    assert_eq!((status, text.as_str()), (200, "{\"all\":3}"));
+    house.asked().await;
+    assert_eq!(resume(&house.asked().await), json!({"tokens": [[1, 2], []]}));
+}
+
+#[tokio::test]
+async fn a_node_that_falls_silent_is_left() {
+    let mut house = House::with(2, "[balancer.relay]\nstall_timeout = \"200ms\"").await;
+    first(&house, vec![Act::Head, tokens(0, &[1], "a"), Act::AwaitClose]);
+    house.nodes[1].script(vec![Act::Head, tokens(1, &[2], "b"), end("[DONE]"), Act::Finish]);
+    let (_, text) = house.ask(&chat(true)).await;
+    assert_eq!(texts(&text), ("ab".into(), true));
+    assert_eq!(house.closed().await, "n0");
+}
+
+#[tokio::test]
+async fn waiting_is_not_silence() {
+    let house = House::with(1, "[balancer.relay]\nstall_timeout = \"2s\"").await;
+    let wait = || Act::Send(event::WAIT.to_vec());
+    house.nodes[0].script(vec![Act::Head, wait(), wait(), tokens(0, &[1], "a"), end("[DONE]"), Act::Finish]);
+    let (_, text) = house.ask(&chat(true)).await;
+    assert!(text.starts_with(": wait\n\n: wait\n\ndata:"), "{text}");
+}
+
+#[tokio::test]
+async fn when_nobody_can_go_on_the_stream_ends_with_an_error_event() {
+    let mut house = House::with(1, "[balancer.relay]\nmax_resumes = 2").await;
+    house.nodes[0].script(vec![Act::Head, tokens(0, &[1], "a"), Act::Kill]);
+    for _ in 0..2 {
+        house.nodes[0].script(vec![Act::Head, Act::Kill]);
+    }
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!(status, 200);
+    let last: Value =
+        serde_json::from_str(text.lines().filter_map(|l| l.strip_prefix("data: ")).next_back().unwrap()).unwrap();
+    assert_eq!(last["error"]["code"], "node_lost", "{text}");
+    for _ in 0..3 {
+        house.asked().await;
+    }
+    assert!(house.news.try_recv().is_err(), "one beginning and two resumes, no more");
+}
+
+#[tokio::test]
+async fn a_refusal_passes_and_nothing_is_tried_again() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![Act::Whole(429, "retry-after: 7\r\n", "{\"error\":{\"code\":\"full\"}}")]);
+    let response = house.post(CHAT, &chat(true)).await;
+    assert_eq!(response.status(), 429);
+    assert_eq!(response.headers()["retry-after"], "7");
+    assert_eq!(response.text().await.unwrap(), "{\"error\":{\"code\":\"full\"}}");
+    house.asked().await;
+    assert!(house.news.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn when_all_are_busy_their_own_words_pass() {
+    let house = House::with_nodes(2).await;
+    for node in &house.nodes {
+        node.script(vec![Act::Whole(503, "retry-after: 3\r\n", "{\"error\":{\"code\":\"loading\"}}")]);
+    }
+    let response = house.post(CHAT, &chat(false)).await;
+    assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "3"));
+    assert!(response.text().await.unwrap().contains("loading"));
+}
+
+#[tokio::test]
+async fn when_all_are_broken_the_answer_is_a_bad_gateway() {
+    let house = House::with_nodes(2).await;
+    for node in &house.nodes {
+        node.script(vec![Act::Whole(500, "", "{}")]);
+    }
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!(status, 502);
+    assert!(text.contains("\"error\""), "{text}");
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_frees_its_node_at_once() {
+    for stream in [true, false] {
+        let mut house = House::with_nodes(1).await;
+        house.nodes[0].script(vec![Act::Head, tokens(0, &[1], "a"), Act::AwaitClose]);
+        let request = tokio::spawn(house.client.post(house.url(CHAT)).body(chat(stream).to_string()).send());
+        house.asked().await;
+        if stream {
+            let mut body = request.await.unwrap().unwrap().bytes_stream();
+            assert!(body.next().await.unwrap().unwrap().starts_with(b"data:"));
+        } else {
+            request.abort();
+        }
+        let left = Instant::now();
+        assert_eq!(house.closed().await, "n0");
+        assert!(left.elapsed() < Duration::from_secs(1));
+        while !house.metrics().await.contains("reason=\"client_gone\"") {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_ends_at_its_deadline() {
+    let house = House::with(1, "[balancer.relay]\nrequest_timeout = \"150ms\"").await;
+    house.nodes[0].script(vec![Act::Head, Act::AwaitClose]);
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!(status, 504, "{text}");
+}
+
+#[tokio::test]
+async fn connections_to_nodes_are_used_again() {
+    let house = House::with_nodes(1).await;
+    for i in 0..20 {
+        house.nodes[0].script(good(i % 2 == 0));
+        assert_eq!(house.ask(&chat(i % 2 == 0)).await.0, 200);
+    }
+}
