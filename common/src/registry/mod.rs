@@ -15,6 +15,7 @@ use crate::{
     config::{ClusterConfig, RegistryConfig},
     contract::NodeRecord,
     ids::NodeId,
+    tls::TlsError,
 };
 
 pub use etcd::EtcdRegistry;
@@ -79,4 +80,10 @@ pub enum OpenError {
         /// Why not.
         source: std::io::Error,
     },
+    /// A certificate or key that the configuration names.
+    #[error("cluster.registry: {0}")]
+    Tls(#[from] TlsError),
+    /// The registry's own thread cannot be had.
+    #[error("the registry cannot start its thread: {0}")]
+    Thread(std::io::Error),
 }

@@ -1,0 +1,157 @@
+//! The registry in etcd, with supervision of its own.
+//!
+//! The client's watch and keep-alive streams fail for good when their member goes, and can also fall silent, so nothing here trusts
+//! one: every wait has an end, every error drops the whole client, and the next attempt builds a new one to the next endpoint.
+//! What was known stays in the view meanwhile, marked [`Link::Lost`](super::Link::Lost).
+//!
+//! The tasks run on one thread of the registry's own, because who opens it may be on no tokio runtime or on several; the thread ends
+//! when the registry is dropped. A dropped registry revokes nothing: its leases run out, as those of a process that died.
+
+mod known;
+mod link;
+mod follow;
+mod keep;
+
+use std::{collections::HashMap, sync::Arc, thread};
+
+use async_trait::async_trait;
+use tokio::{
+    runtime,
+    sync::{Notify, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
+use tracing::warn;
+
+use self::{keep::Keeper, link::Dialer};
+use super::{OpenError, Registry, View};
+use crate::{
+    config::EtcdConfig,
+    contract::NodeRecord,
+    ids::{ClusterName, NodeId},
+};
+
+/// Announcements that may wait for the registry's thread; it takes each at once, so this is only a bound.
+const COMMANDS_MAX: usize = 64;
+
+/// Nodes under `/tidegate/v1/{cluster}/nodes/`.
+#[derive(Debug)]
+pub struct EtcdRegistry {
+    commands: mpsc::Sender<Command>,
+    view: watch::Sender<View>,
+    watched: Arc<Notify>,
+}
+
+#[derive(Debug)]
+enum Command {
+    Announce(NodeRecord),
+    Withdraw(NodeId, oneshot::Sender<()>),
+}
+
+impl EtcdRegistry {
+    /// Starts the registry's thread. Nothing is sent to etcd before the first announcement or watch, and an etcd that is out of reach
+    /// is no error: it is tried again for as long as the registry lives.
+    ///
+    /// # Errors
+    /// When a certificate or the password file cannot be read, or no thread can be had.
+    pub fn open(cluster: &ClusterName, config: &EtcdConfig) -> Result<Self, OpenError> {
+        let dialer = Arc::new(Dialer::new(config.clone())?);
+        let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
+        let view = watch::Sender::new(View::default());
+        let watched = Arc::new(Notify::new());
+        let supervisor = Supervisor {
+            dialer,
+            prefix: format!("/tidegate/v1/{cluster}/nodes/"),
+            view: view.clone(),
+            watched: Arc::clone(&watched),
+            kept: HashMap::new(),
+        };
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(OpenError::Thread)?;
+        thread::Builder::new()
+            .name("tidegate-etcd".into())
+            .spawn(move || runtime.block_on(supervisor.run(inbox)))
+            .map_err(OpenError::Thread)?;
+        Ok(Self { commands, view, watched })
+    }
+}
+
+#[async_trait]
+impl Registry for EtcdRegistry {
+    async fn announce(&self, record: NodeRecord) {
+        // the thread only ends after this sender is gone
+        let _ = self.commands.send(Command::Announce(record)).await;
+    }
+
+    async fn withdraw(&self, id: &NodeId) {
+        let (reply, done) = oneshot::channel();
+        let _ = self.commands.send(Command::Withdraw(id.clone(), reply)).await;
+        // the keeper bounds itself, so no timer of the caller's runtime is needed; a thread that died drops the sender
+        let _ = done.await;
+    }
+
+    fn watch(&self) -> watch::Receiver<View> {
+        self.watched.notify_one();
+        self.view.subscribe()
+    }
+}
+
+/// Who runs what on the registry's thread.
+struct Supervisor {
+    dialer: Arc<Dialer>,
+    prefix: String,
+    view: watch::Sender<View>,
+    watched: Arc<Notify>,
+    kept: HashMap<NodeId, Kept>,
+}
+
+/// One key that a task keeps in etcd; `None` asks the task to take it out and end.
+struct Kept {
+    wanted: watch::Sender<Option<NodeRecord>>,
+    task: JoinHandle<()>,
+}
+
+impl Supervisor {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>) {
+        tokio::spawn(Self::follow(Arc::clone(&self.watched), self.follower()));
+        while let Some(command) = inbox.recv().await {
+            match command {
+                Command::Announce(record) => self.announce(record),
+                Command::Withdraw(id, reply) => self.withdraw(&id, reply),
+            }
+        }
+    }
+
+    fn follower(&self) -> follow::Follower {
+        follow::Follower::new(Arc::clone(&self.dialer), self.prefix.clone(), self.view.clone())
+    }
+
+    /// A node never watches, so it puts no watch on etcd.
+    async fn follow(watched: Arc<Notify>, follower: follow::Follower) {
+        watched.notified().await;
+        follower.run().await;
+    }
+
+    fn announce(&mut self, record: NodeRecord) {
+        if let Some(kept) = self.kept.get(&record.id) {
+            kept.wanted.send_replace(Some(record));
+            return;
+        }
+        let (id, key) = (record.id.clone(), format!("{}{}", self.prefix, record.id));
+        let (wanted, orders) = watch::channel(Some(record));
+        let task = tokio::spawn(Keeper::new(Arc::clone(&self.dialer), key, orders).run());
+        self.kept.insert(id, Kept { wanted, task });
+    }
+
+    fn withdraw(&mut self, id: &NodeId, reply: oneshot::Sender<()>) {
+        let Some(kept) = self.kept.remove(id) else {
+            let _ = reply.send(());
+            return;
+        };
+        kept.wanted.send_replace(None);
+        tokio::spawn(async move {
+            if let Err(error) = kept.task.await {
+                warn!(%error, "the task that kept a key in etcd ended badly");
+            }
+            let _ = reply.send(());
+        });
+    }
+}
