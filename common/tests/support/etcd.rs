@@ -1,7 +1,7 @@
 //! A real etcd process of the test's own, on free loopback ports, with its data in a temporary directory.
 
 // each test file includes this as a module of its own and uses its own part of it
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::print_stdout)]
 
 use std::{
     fs::File,
