@@ -53,7 +53,7 @@ impl Keys {
         }
         let path = path?;
         check_mode(r, &path);
-        match Raw::from_file(&path).and_then(|raw| raw.check(|root| Self::read_file(root))) {
+        match Raw::from_file(&path).and_then(|raw| raw.check(Self::read_file)) {
             Ok(keys) => Some(keys),
             Err(problems) => {
                 for problem in problems.0 {

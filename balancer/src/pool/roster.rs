@@ -39,12 +39,15 @@ struct Member {
     last_error: Option<String>,
 }
 
+/// A ready set: who, and with what weight.
+type Shares = Vec<(NodeId, u32)>;
+
 /// All members.
 pub(crate) struct Roster {
     rules: Rules,
     members: BTreeMap<NodeId, Member>,
     /// Rotations by model, kept while the ready set stays the same, so that a new snapshot does not begin the turn anew.
-    rotations: BTreeMap<String, (Vec<(NodeId, u32)>, Arc<Rotation>)>,
+    rotations: BTreeMap<String, (Shares, Arc<Rotation>)>,
     incarnations: u64,
     link: Link,
 }
@@ -177,7 +180,7 @@ impl Roster {
 
     /// What readers see from now on.
     pub(crate) fn snapshot(&mut self) -> Snapshot {
-        let mut pools: BTreeMap<String, (Pool, Vec<(NodeId, u32)>)> = BTreeMap::new();
+        let mut pools: BTreeMap<String, (Pool, Shares)> = BTreeMap::new();
         for member in self.members.values() {
             let (pool, key) = pools.entry(member.record.model.clone()).or_default();
             pool.members += 1;
@@ -197,7 +200,7 @@ impl Roster {
         Snapshot { models, report: self.report() }
     }
 
-    fn rotation(&mut self, model: &str, key: Vec<(NodeId, u32)>) -> Arc<Rotation> {
+    fn rotation(&mut self, model: &str, key: Shares) -> Arc<Rotation> {
         match self.rotations.get(model) {
             Some((known, rotation)) if *known == key => Arc::clone(rotation),
             _ => {

@@ -215,7 +215,7 @@ impl Relay {
         client: &mut Client<'_>,
         record: &mut Record,
         generation: &Generation,
-        target: &Target,
+        target: &Arc<Target>,
         journey: &mut Journey,
     ) -> LegEnd {
         let resume = (client.has_begun() || journey.delivered.total() > 0).then_some(&journey.delivered);
@@ -226,7 +226,8 @@ impl Relay {
                 return LegEnd::Lost(Loss::Malformed);
             }
         };
-        let opened = client.unless_interrupted(Upstream::open(self, target, request)).await;
+        // boxed, so that what connecting needs is given back before the stream begins
+        let opened = client.unless_interrupted(Box::pin(Upstream::open(self, target, request))).await;
         match opened {
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
             Ok(Ok(Opened::Whole(answer))) if answer.status == 503 => LegEnd::Busy(answer),
@@ -243,7 +244,7 @@ impl Relay {
         &self,
         client: &mut Client<'_>,
         record: &mut Record,
-        mut upstream: Upstream,
+        mut upstream: Box<Upstream>,
         target: &Target,
         journey: &mut Journey,
     ) -> LegEnd {

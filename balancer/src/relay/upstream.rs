@@ -1,6 +1,6 @@
 //! One node's answer, through Pingora's pooled connector. Dropping it closes the connection, which cancels the node's sequence.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -26,13 +26,13 @@ const END_TIMEOUT: Duration = Duration::from_millis(50);
 /// A stream of events that a node has begun.
 pub(crate) struct Upstream {
     session: HttpSession,
-    peer: HttpPeer,
+    target: Arc<Target>,
 }
 
 /// What a node answered with.
 pub(crate) enum Opened {
     /// Events.
-    Stream(Upstream),
+    Stream(Box<Upstream>),
     /// A whole answer.
     Whole(Answer),
 }
@@ -47,7 +47,7 @@ enum Attempt {
 
 impl Upstream {
     /// Sends the request and reads the answer's head.
-    pub(crate) async fn open(relay: &Relay, target: &Target, request: NodeRequest) -> Result<Opened, Loss> {
+    pub(crate) async fn open(relay: &Relay, target: &Arc<Target>, request: NodeRequest) -> Result<Opened, Loss> {
         for _ in 0..STALE_MAX {
             match Self::attempt(relay, target, &request).await {
                 Attempt::Opened(opened) => return Ok(opened),
@@ -58,7 +58,7 @@ impl Upstream {
         Err(Loss::Reset)
     }
 
-    async fn attempt(relay: &Relay, target: &Target, request: &NodeRequest) -> Attempt {
+    async fn attempt(relay: &Relay, target: &Arc<Target>, request: &NodeRequest) -> Attempt {
         let (mut session, reused) = match relay.connector.get_http_session(&target.peer).await {
             Ok(session) => session,
             Err(_) => return Attempt::Lost(Loss::Connect),
@@ -71,7 +71,7 @@ impl Upstream {
         }
         let Some(head) = session.response_header() else { return Attempt::Lost(Loss::Malformed) };
         if is_stream(head) {
-            return Attempt::Opened(Opened::Stream(Self { session, peer: target.peer.clone() }));
+            return Attempt::Opened(Opened::Stream(Box::new(Self { session, target: Arc::clone(target) })));
         }
         match whole(session, &target.peer, &relay.connector).await {
             Ok(answer) => Attempt::Opened(Opened::Whole(answer)),
@@ -93,7 +93,7 @@ impl Upstream {
         let ended = self.session.response_done()
             || matches!(timeout(END_TIMEOUT, self.session.read_response_body()).await, Ok(Ok(None)));
         if ended {
-            connector.release_http_session(self.session, &self.peer, Some(IDLE)).await;
+            connector.release_http_session(self.session, &self.target.peer, Some(IDLE)).await;
         }
     }
 }

@@ -2,6 +2,9 @@
 //!
 //! Nothing here sleeps to wait for something; what can be awaited is, and the rest is asked for again until a bound.
 
+// clippy.toml allows it in test functions only, and all of this crate is test
+#![allow(clippy::unwrap_used)]
+
 mod support;
 mod requests;
 mod relay;
