@@ -15,7 +15,7 @@ use tokio::{
     runtime::Runtime,
     sync::{Semaphore, watch},
     task::JoinHandle,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -36,6 +36,8 @@ use crate::{
 
 /// Idle connections kept to nodes, for each worker thread.
 const IDLE_UPSTREAMS_PER_THREAD: usize = 256;
+/// From closing the sockets to counting: what was on its way then is a request by the end of it.
+const SETTLE: Duration = Duration::from_millis(50);
 /// How long the runtime may take to drop what is left after the drain.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -223,8 +225,7 @@ impl House {
         info!(open = self.open.count(), grace = ?self.drain_grace, "balancer drains");
         self.open.drain();
         self.closing.send_replace(true);
-        // one turn, so that a request whose head has just been read is counted
-        tokio::task::yield_now().await;
+        sleep(SETTLE).await;
         match timeout(self.drain_grace, self.open.idle()).await {
             Ok(()) => info!("balancer leaves, every request has ended"),
             Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),

@@ -35,6 +35,7 @@ pub(crate) struct Client<'a> {
     deadline: Pin<Box<Sleep>>,
     wants_stream: bool,
     begun: bool,
+    has_data: bool,
     /// The last event's data so far, for a client that wants one body.
     last: Option<Bytes>,
 }
@@ -42,12 +43,17 @@ pub(crate) struct Client<'a> {
 impl<'a> Client<'a> {
     pub(crate) fn new(session: &'a mut ServerSession, wants_stream: bool, id: RequestId, deadline: Instant) -> Self {
         let deadline = Box::pin(sleep_until(deadline));
-        Self { session, id, deadline, wants_stream, begun: false, last: None }
+        Self { session, id, deadline, wants_stream, begun: false, has_data: false, last: None }
     }
 
-    /// Whether the client has had anything, so that its answer can only go on and not begin anew.
+    /// Whether the head of the answer is out, so that what goes wrong can no longer change it.
     pub(crate) fn has_begun(&self) -> bool {
         self.begun
+    }
+
+    /// Whether the client has had more than comments, so that its answer can only go on and not begin anew.
+    pub(crate) fn has_data(&self) -> bool {
+        self.has_data
     }
 
     /// What is left of the request's time.
@@ -85,6 +91,7 @@ impl<'a> Client<'a> {
             self.begun = true;
             self.write_head(node).await?;
         }
+        self.has_data = self.has_data || events::last_data(&events).is_some();
         self.session.write_response_body(events, false).await
     }
 

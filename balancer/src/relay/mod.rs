@@ -126,6 +126,22 @@ struct Journey {
     last: Option<Loss>,
 }
 
+impl Journey {
+    /// Whether the next node must go on instead of beginning.
+    fn is_resuming(&self, client: &Client<'_>) -> bool {
+        client.has_data() || self.delivered.total() > 0
+    }
+
+    /// Another leg begins; the first is none that anything led to.
+    fn count(&self, record: &mut Record, client: &Client<'_>) {
+        match self.last {
+            None => {}
+            Some(loss) if self.is_resuming(client) => record.resumed(loss.as_str()),
+            Some(loss) => record.retried(loss.as_str()),
+        }
+    }
+}
+
 impl Relay {
     /// Carries `generation` to its end and notes in `record` how it went.
     pub(crate) async fn carry(
@@ -144,6 +160,7 @@ impl Relay {
                 Ok(target) => target,
                 Err(error) => return give_up(client, record, journey, error).await,
             };
+            journey.count(record, &client);
             record.node = Some(target.id.clone());
             let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
             record.tokens = journey.delivered.total();
@@ -152,12 +169,16 @@ impl Relay {
                     record.answered(200);
                     return Ended::Whole;
                 }
+                // a node that refuses to go on has said why to us, and the client's answer has begun already
+                LegEnd::Answered(_) if client.has_begun() => {
+                    return fail(client, record, Loss::Malformed.error()).await;
+                }
                 LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
                 LegEnd::Busy(answer) => {
                     journey.busy = Some((target.id.clone(), answer));
-                    self.move_on(&client, record, &mut journey, &target, Loss::Busy);
+                    self.move_on(record, &mut journey, &target, Loss::Busy);
                 }
-                LegEnd::Lost(loss) => self.move_on(&client, record, &mut journey, &target, loss),
+                LegEnd::Lost(loss) => self.move_on(record, &mut journey, &target, loss),
                 LegEnd::Interrupted(Interrupt::ClientGone) => {
                     record.status = if client.has_begun() { 200 } else { 0 };
                     record.reason = "client_gone";
@@ -178,8 +199,8 @@ impl Relay {
     /// Who takes the next leg, from the snapshot of this moment.
     fn next(&self, client: &Client<'_>, record: &Record, journey: &Journey) -> Result<Arc<Target>, ApiError> {
         let give_up = || journey.last.map_or_else(|| route::nothing_ready("no node is ready now"), Loss::error);
-        let resuming = client.has_begun() || journey.delivered.total() > 0;
-        if resuming && (record.resumes > self.rules.resumes_max || !journey.delivered.is_complete()) {
+        let resuming = journey.is_resuming(client);
+        if resuming && (record.resumes >= self.rules.resumes_max || !journey.delivered.is_complete()) {
             return Err(give_up());
         }
         let snapshot = self.pool.load();
@@ -194,19 +215,13 @@ impl Relay {
         target.ok_or_else(give_up)
     }
 
-    fn move_on(&self, client: &Client<'_>, record: &mut Record, journey: &mut Journey, target: &Target, loss: Loss) {
+    fn move_on(&self, record: &Record, journey: &mut Journey, target: &Target, loss: Loss) {
         self.pool.lost(target, loss.counts());
         journey.tried.retain(|id| *id != target.id);
         journey.tried.push(target.id.clone());
         journey.last = Some(loss);
-        let (why, id) = (loss.as_str(), &record.ctx.id);
-        if client.has_begun() || journey.delivered.total() > 0 {
-            info!(request_id = %id, node = %target.id, why, tokens = journey.delivered.total(), "stream moves on");
-            record.resumed(why);
-        } else {
-            info!(request_id = %id, node = %target.id, why, "request moves on");
-            record.retried(why);
-        }
+        let (why, tokens) = (loss.as_str(), journey.delivered.total());
+        info!(request_id = %record.ctx.id, node = %target.id, why, tokens, "node lost");
     }
 
     /// One node's part.
@@ -218,7 +233,7 @@ impl Relay {
         target: &Arc<Target>,
         journey: &mut Journey,
     ) -> LegEnd {
-        let resume = (client.has_begun() || journey.delivered.total() > 0).then_some(&journey.delivered);
+        let resume = journey.is_resuming(client).then_some(&journey.delivered);
         let request = match generation.request(&record.ctx, target, client.time_left(), resume) {
             Ok(request) => request,
             Err(error) => {
@@ -232,8 +247,6 @@ impl Relay {
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
             Ok(Ok(Opened::Whole(answer))) if answer.status == 503 => LegEnd::Busy(answer),
             Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
-            // the stream's head is out: a node that refuses to resume is a lost node
-            Ok(Ok(Opened::Whole(_))) if client.has_begun() => LegEnd::Lost(Loss::Malformed),
             Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
             Ok(Err(loss)) => LegEnd::Lost(loss),
             Err(interrupt) => interrupt.into(),

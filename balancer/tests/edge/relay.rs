@@ -239,3 +239,25 @@ async fn connections_to_nodes_are_used_again() {
         assert_eq!(house.ask(&chat(i % 2 == 0)).await.0, 200);
     }
 }
+
+#[tokio::test]
+async fn a_request_that_only_waited_begins_anew_elsewhere() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![Act::Head, Act::Send(event::WAIT.to_vec()), Act::Kill]);
+    let (_, text) = house.ask(&chat(true)).await;
+    assert_eq!(texts(&text), ("ab".into(), true));
+    assert_eq!(house.asked().await.body, house.asked().await.body);
+}
+
+#[tokio::test]
+async fn a_node_that_refuses_to_go_on_ends_the_stream() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![Act::Head, tokens(0, &[1], "a"), Act::Kill]);
+    house.nodes[1].script(vec![Act::Whole(400, "", "{\"error\":{}}")]);
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!(status, 200);
+    assert!(text.ends_with("}}\n\n") && text.contains("node_lost") && !text.contains("[DONE]"), "{text}");
+    house.asked().await;
+    house.asked().await;
+    assert!(house.news.try_recv().is_err());
+}

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use pingora::listeners::tls::Acceptor;
 use serde_json::{Value, json};
 use tidegate_balancer::{Balancer, BalancerConfig, admin::Members};
 use tidegate_common::{
@@ -18,7 +19,7 @@ use tidegate_common::{
     tls,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
     sync::mpsc,
     task::AbortHandle,
@@ -84,27 +85,39 @@ struct Behaviour {
 pub(crate) struct Node {
     pub(crate) record: NodeRecord,
     behaviour: Arc<Behaviour>,
+    tls: Option<Arc<rustls::ServerConfig>>,
     server: Mutex<Option<AbortHandle>>,
 }
 
 impl Node {
-    async fn start(id: &str, news: mpsc::UnboundedSender<News>) -> Self {
+    async fn start(id: &str, tls: Option<Arc<rustls::ServerConfig>>, news: mpsc::UnboundedSender<News>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let record = NodeRecord::new(id.parse().unwrap(), address.to_string(), MODEL.into());
+        let mut record = NodeRecord::new(id.parse().unwrap(), address.to_string(), MODEL.into());
+        record.tls = tls.is_some();
         let behaviour = Behaviour { id: id.into(), script: Mutex::default(), health: Mutex::new("healthy"), news };
-        let node = Self { record, behaviour: Arc::new(behaviour), server: Mutex::default() };
+        let node = Self { record, behaviour: Arc::new(behaviour), tls, server: Mutex::default() };
         node.listen(listener);
         node
     }
 
     fn listen(&self, listener: TcpListener) {
-        let behaviour = Arc::clone(&self.behaviour);
+        let (behaviour, tls) = (Arc::clone(&self.behaviour), self.tls.clone());
         let server = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                connections.spawn(serve(stream, Arc::clone(&behaviour)));
+                let behaviour = Arc::clone(&behaviour);
+                match tls.clone().map(Acceptor::from_server_config) {
+                    None => connections.spawn(serve(stream, behaviour)),
+                    Some(acceptor) => connections.spawn(async move {
+                        if let Ok(stream) =
+                            acceptor.tls_handshake(pingora::protocols::l4::stream::Stream::from(stream)).await
+                        {
+                            serve(stream, behaviour).await;
+                        }
+                    }),
+                };
             }
         });
         *self.server.lock().unwrap() = Some(server.abort_handle());
@@ -174,7 +187,7 @@ pub(crate) fn good(stream: bool) -> Vec<Act> {
     }
 }
 
-async fn serve(stream: TcpStream, behaviour: Arc<Behaviour>) {
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(stream: S, behaviour: Arc<Behaviour>) {
     let mut stream = BufReader::new(stream);
     while let Some(seen) = read_request(&mut stream, &behaviour.id).await {
         if seen.path == "/health" {
@@ -190,7 +203,7 @@ async fn serve(stream: TcpStream, behaviour: Arc<Behaviour>) {
     }
 }
 
-async fn read_request(stream: &mut BufReader<TcpStream>, node: &str) -> Option<Seen> {
+async fn read_request<S: AsyncRead + Unpin>(stream: &mut BufReader<S>, node: &str) -> Option<Seen> {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
         if stream.read_line(&mut head).await.ok()? == 0 {
@@ -205,7 +218,7 @@ async fn read_request(stream: &mut BufReader<TcpStream>, node: &str) -> Option<S
     Some(seen)
 }
 
-async fn answer_health(stream: &mut BufReader<TcpStream>, behaviour: &Behaviour) {
+async fn answer_health<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut BufReader<S>, behaviour: &Behaviour) {
     let status = *behaviour.health.lock().unwrap();
     let body = json!({"status": status, "uptime": 1, "node": behaviour.id, "model": MODEL, "version": "1", "color": "blue",
         "site": "local", "build": "t", "device": "fake", "context": 100, "running": 2, "waiting": 1, "kv_blocks_free": 3,
@@ -214,9 +227,14 @@ async fn answer_health(stream: &mut BufReader<TcpStream>, behaviour: &Behaviour)
     let code = if status == "healthy" { 200 } else { 503 };
     let head = format!("HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
     let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
+    let _ = stream.flush().await;
 }
 
-async fn perform(stream: &mut BufReader<TcpStream>, acts: Vec<Act>, behaviour: &Behaviour) -> bool {
+async fn perform<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: &mut BufReader<S>,
+    acts: Vec<Act>,
+    behaviour: &Behaviour,
+) -> bool {
     for act in acts {
         let written = match act {
             Act::Head => {
@@ -243,7 +261,7 @@ async fn perform(stream: &mut BufReader<TcpStream>, acts: Vec<Act>, behaviour: &
                 stream.write_all(format!("{head}{}\r\n\r\n{body}", body.len()).as_bytes()).await
             }
         };
-        if written.is_err() {
+        if written.is_err() || stream.flush().await.is_err() {
             return false;
         }
     }
@@ -273,12 +291,17 @@ impl House {
 
     /// `extra` is TOML: more sections, or with lines before its first section more keys of `[balancer]`.
     pub(crate) async fn with(count: usize, extra: &str) -> Self {
-        let house = Self::without_waiting(count, extra).await;
+        let house = Self::build(count, extra, None).await;
         house.until(|members| ready(members).len() == count).await;
         house
     }
 
-    pub(crate) async fn without_waiting(count: usize, extra: &str) -> Self {
+    /// With nodes that speak TLS.
+    pub(crate) async fn with_tls_nodes(count: usize, extra: &str, tls: Arc<rustls::ServerConfig>) -> Self {
+        Self::build(count, extra, Some(tls)).await
+    }
+
+    async fn build(count: usize, extra: &str, node_tls: Option<Arc<rustls::ServerConfig>>) -> Self {
         tls::install_provider();
         let sections_at = if extra.starts_with('[') { 0 } else { extra.find("\n[").map_or(extra.len(), |at| at + 1) };
         let (keys, sections) = extra.split_at(sections_at);
@@ -289,7 +312,7 @@ impl House {
         let (tell, news) = mpsc::unbounded_channel();
         let mut nodes = Vec::new();
         for i in 0..count {
-            let node = Node::start(&format!("n{i}"), tell.clone()).await;
+            let node = Node::start(&format!("n{i}"), node_tls.clone(), tell.clone()).await;
             registry.announce(node.record.clone()).await;
             nodes.push(node);
         }

@@ -16,9 +16,9 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 use rustls::{ClientConnection, SupportedProtocolVersion, version};
-use tidegate_common::tls;
+use tidegate_common::tls::{self, Identity, MinVersion};
 
-use crate::support::{Act, CHAT, House, chat, raw, texts, tokens};
+use crate::support::{Act, CHAT, House, chat, raw, ready, texts, tokens};
 
 /// A certificate for `localhost` that signs itself.
 struct Certificate {
@@ -153,4 +153,27 @@ async fn an_http_2_client_that_leaves_frees_its_node_too() {
     let left = std::time::Instant::now();
     assert_eq!(house.closed().await, "n0");
     assert!(left.elapsed() < std::time::Duration::from_secs(1));
+}
+
+#[tokio::test]
+async fn nodes_are_reached_by_mutual_tls_and_strangers_are_not() {
+    tls::install_provider();
+    let (known, stranger) = (Certificate::new(), Certificate::new());
+    let nodes = |certificate: &Certificate| {
+        let identity = Identity::read(&certificate.cert, &certificate.key).unwrap();
+        Arc::new(tls::server_config(&identity, MinVersion::Tls13, Some(&known.cert)).unwrap())
+    };
+    let upstream = |shown: &Certificate| {
+        format!("[balancer.upstream_tls]\nca = {:?}\ncert = {:?}\nkey = {:?}", known.cert, shown.cert, shown.key)
+    };
+    let house = House::with_tls_nodes(1, &upstream(&known), nodes(&known)).await;
+    house.until(|members| ready(members).len() == 1).await;
+    assert_eq!(texts(&house.ask(&chat(true)).await.1), ("ab".into(), true));
+    // a node of another CA, an edge that shows another CA's certificate, an edge that trusts nobody
+    for (extra, node) in [(upstream(&known), &stranger), (upstream(&stranger), &known), (String::new(), &known)] {
+        let house = House::with_tls_nodes(1, &extra, nodes(node)).await;
+        house.until(|members| members.members.iter().any(|m| m.last_probe_error.is_some())).await;
+        assert!(ready(&house.members().await).is_empty());
+        assert_eq!(house.ask(&chat(true)).await.0, 503);
+    }
 }
