@@ -1,0 +1,17 @@
+//! Whole-cluster tests: real processes of the `tidegate` command, a real model, real etcd, real TLS, the official OpenAI client.
+//!
+//! All files are one test program, so that it is linked once. Each file opens with what it shows and how. nextest runs these one at a
+//! time (`.config/nextest.toml`): each of them loads the whole machine.
+
+#![allow(clippy::unwrap_used)] // clippy's leave for tests does not reach their helpers
+#![allow(clippy::print_stdout)] // the figures of a run are read by people
+
+mod support;
+
+mod config;
+mod up;
+mod allowlist;
+mod failover;
+mod batching;
+mod bad_input;
+mod sdk;

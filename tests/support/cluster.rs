@@ -1,0 +1,238 @@
+//! A balancer and nodes as separate processes, set up by one configuration file each.
+
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    LOADING, MODEL,
+    client::Client,
+    etcd::{Etcd, free_port},
+    process::{Process, ensure_model, tidegate},
+    until,
+};
+
+/// Where the members of a cluster find each other.
+pub(crate) enum Registry {
+    /// A real etcd.
+    Etcd(Etcd),
+    /// A list in the balancer's configuration.
+    Static,
+}
+
+/// What a node is to be, beyond the defaults of these tests.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct NodePlan {
+    /// Its id.
+    pub(crate) id: &'static str,
+    /// More lines of its `[node]` section.
+    pub(crate) lines: &'static str,
+    /// Its model's name in the API, when it is not the model's own.
+    pub(crate) serves: Option<&'static str>,
+}
+
+impl NodePlan {
+    /// A node with nothing special.
+    pub(crate) fn named(id: &'static str) -> Self {
+        Self { id, ..Self::default() }
+    }
+}
+
+/// One node's address and, while it runs, its process.
+pub(crate) struct Node {
+    plan: NodePlan,
+    port: u16,
+    process: Option<Process>,
+}
+
+/// Everything one test runs.
+pub(crate) struct Cluster {
+    balancer: Process,
+    nodes: BTreeMap<&'static str, Node>,
+    pub(crate) registry: Registry,
+    edge_port: u16,
+    admin_port: u16,
+    scheme: &'static str,
+    client: Client,
+    folder: TempDir,
+}
+
+/// What to set up.
+pub(crate) struct Plan<'a> {
+    pub(crate) registry: Registry,
+    pub(crate) nodes: &'a [NodePlan],
+    /// More lines after the balancer's `listen`, sections included.
+    pub(crate) balancer: &'a str,
+    /// Nodes that the static list names and nobody runs: id and model.
+    pub(crate) ghosts: &'a [(&'static str, &'static str)],
+    pub(crate) folder: TempDir,
+    pub(crate) tls: bool,
+}
+
+impl Plan<'_> {
+    /// A plain cluster of these nodes.
+    pub(crate) fn new(registry: Registry, nodes: &[NodePlan]) -> Plan<'_> {
+        Plan { registry, nodes, balancer: "", ghosts: &[], folder: tempfile::tempdir().unwrap(), tls: false }
+    }
+}
+
+impl Cluster {
+    /// Starts everything and waits until every node is ready.
+    pub(crate) async fn start(plan: Plan<'_>) -> Self {
+        ensure_model();
+        let (edge_port, admin_port) = (free_port(), free_port());
+        let nodes: BTreeMap<_, _> = plan.nodes.iter().map(|p| (p.id, Node::planned(*p))).collect();
+        let file = plan.folder.path().join("balancer.toml");
+        let (registry, more) = (registry_lines(&plan.registry, &nodes, plan.ghosts), plan.balancer);
+        let text = format!(
+            "{registry}\n[balancer]\nlisten = [\"127.0.0.1:{edge_port}\"]\n{more}\n\
+             [balancer.admin]\nlisten = \"127.0.0.1:{admin_port}\"\n"
+        );
+        fs::write(&file, text).unwrap();
+        let balancer =
+            Process::start("balancer", plan.folder.path(), tidegate().args(["balancer", "--config"]).arg(file));
+        let scheme = if plan.tls { "https" } else { "http" };
+        let mut cluster = Self {
+            balancer,
+            nodes,
+            registry: plan.registry,
+            edge_port,
+            admin_port,
+            scheme,
+            client: Client::new(),
+            folder: plan.folder,
+        };
+        let ids: Vec<&str> = cluster.nodes.keys().copied().collect();
+        ids.iter().for_each(|id| cluster.start_node(id));
+        cluster.until_ready(&ids, LOADING).await;
+        cluster
+    }
+
+    /// Where clients are served.
+    pub(crate) fn edge(&self) -> String {
+        format!("{}://127.0.0.1:{}", self.scheme, self.edge_port)
+    }
+
+    /// Where one node is served directly.
+    pub(crate) fn node(&self, id: &str) -> String {
+        format!("http://127.0.0.1:{}", self.nodes[id].port)
+    }
+
+    /// The balancer's private listener.
+    pub(crate) fn admin(&self) -> String {
+        format!("http://127.0.0.1:{}", self.admin_port)
+    }
+
+    /// The etcd.
+    pub(crate) fn etcd(&mut self) -> &mut Etcd {
+        match &mut self.registry {
+            Registry::Etcd(etcd) => etcd,
+            Registry::Static => panic!("this cluster has no etcd"),
+        }
+    }
+
+    /// Starts a node that does not run.
+    pub(crate) fn start_node(&mut self, id: &str) {
+        let node = self.nodes.get_mut(id).unwrap();
+        assert!(node.process.is_none(), "{id} runs already");
+        let file = node_file(self.folder.path().join(format!("{id}.toml")), node, &self.registry);
+        let command = &mut tidegate();
+        node.process = Some(Process::start(id, self.folder.path(), command.args(["node", "--config"]).arg(file)));
+    }
+
+    /// Ends a node as a power cut would.
+    pub(crate) fn kill_node(&mut self, id: &str) {
+        self.nodes.get_mut(id).unwrap().process.take().unwrap().kill();
+    }
+
+    /// A node's process.
+    pub(crate) fn process(&mut self, id: &str) -> &mut Process {
+        self.nodes.get_mut(id).unwrap().process.as_mut().unwrap()
+    }
+
+    /// The balancer's process.
+    pub(crate) fn balancer(&mut self) -> &mut Process {
+        &mut self.balancer
+    }
+
+    /// Ids of the nodes that the balancer sends requests to.
+    pub(crate) async fn ready(&self) -> Vec<String> {
+        let Ok(answer) = self.client.get(&format!("{}/members", self.admin())).await else { return Vec::new() };
+        let members = answer.body["members"].as_array().cloned().unwrap_or_default();
+        let ready = members.iter().filter(|member| member["state"] == "ready");
+        ready.filter_map(|member| member["node"].as_str().map(str::to_owned)).collect()
+    }
+
+    /// What the balancer says of its registry.
+    pub(crate) async fn link(&self) -> Value {
+        let answer = self.client.get(&format!("{}/members", self.admin())).await;
+        answer.map_or(Value::Null, |answer| answer.body["registry"].clone())
+    }
+
+    /// Waits until exactly these nodes are ready; how long that took.
+    pub(crate) async fn until_ready(&self, ids: &[&str], limit: Duration) -> Duration {
+        let mut ids = ids.to_vec();
+        ids.sort_unstable();
+        until(&format!("{ids:?} ready"), limit, || async {
+            let mut ready = self.ready().await;
+            ready.sort_unstable();
+            ready == ids
+        })
+        .await
+    }
+}
+
+impl Node {
+    fn planned(plan: NodePlan) -> Self {
+        Self { plan, port: free_port(), process: None }
+    }
+}
+
+/// A node alone, asked directly.
+pub(crate) async fn lone_node(plan: NodePlan) -> (Process, String, TempDir) {
+    ensure_model();
+    let folder = tempfile::tempdir().unwrap();
+    let node = Node::planned(plan);
+    let file = node_file(folder.path().join("node.toml"), &node, &Registry::Static);
+    let process = Process::start(plan.id, folder.path(), tidegate().args(["node", "--config"]).arg(file));
+    let (client, base) = (Client::new(), format!("http://127.0.0.1:{}", node.port));
+    let health = format!("{base}/health");
+    until("the node is healthy", LOADING, || async {
+        client.get(&health).await.is_ok_and(|answer| answer.status == 200)
+    })
+    .await;
+    (process, base, folder)
+}
+
+fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
+    let Node { plan, port, .. } = node;
+    // announcing into a list does nothing: the balancer has the whole of it
+    let registry = registry_lines(registry, &BTreeMap::new(), &[("none", "none")]);
+    let serves = plan.serves.map(|name| format!("served_model_name = \"{name}\"\n")).unwrap_or_default();
+    let text = format!(
+        "{registry}\n[node]\nid = \"{}\"\nlisten = \"127.0.0.1:{port}\"\nmodel = \"{MODEL}\"\n{serves}{}\n",
+        plan.id, plan.lines
+    );
+    fs::write(&file, text).unwrap();
+    file
+}
+
+fn registry_lines(registry: &Registry, nodes: &BTreeMap<&str, Node>, ghosts: &[(&str, &str)]) -> String {
+    let head = "[cluster]\nname = \"t\"\n[cluster.registry]\n";
+    match registry {
+        Registry::Etcd(etcd) => {
+            format!("{head}kind = \"etcd\"\nendpoints = [\"{}\"]\nlease_ttl = \"4s\"\n", etcd.endpoint())
+        }
+        Registry::Static => {
+            let entry = |id: &str, port: u16, model: &str| {
+                format!(
+                    "[[cluster.registry.nodes]]\nid = \"{id}\"\naddress = \"127.0.0.1:{port}\"\nmodel = \"{model}\"\n"
+                )
+            };
+            let real = nodes.values().map(|n| entry(n.plan.id, n.port, n.plan.serves.unwrap_or(MODEL)));
+            let ghosts = ghosts.iter().map(|(id, model)| entry(id, free_port(), model));
+            format!("{head}kind = \"static\"\n{}", real.chain(ghosts).collect::<String>())
+        }
+    }
+}
