@@ -1,11 +1,26 @@
-//! The inference server.
+//! The inference server: one process, one model, an OpenAI API over continuous batching.
+//!
+//! The modules stand in the order of a request's life: [`http`] reads it, [`text`] turns words to tokens, the [`engine`] thread plans
+//! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s, and
+//! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run`] keeps the
+//! process's own life from loading to the last handed-over stream, [`weights`] reads model files, and [`models`] keeps them.
 
-pub mod kernels;
-pub mod weights;
-pub mod kv;
+mod config;
+mod run;
+pub mod http;
+pub mod text;
+pub mod engine;
 pub mod sched;
+pub mod kv;
 pub mod batch;
 pub mod model;
+pub mod kernels;
 pub mod sample;
 pub mod stop;
+pub mod output;
+pub mod record;
+pub mod weights;
 pub mod models;
+
+pub use config::{Defaults, EngineLimits, NodeConfig, RequestLimits, TlsFiles};
+pub use run::{RunError, run};

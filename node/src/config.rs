@@ -1,0 +1,247 @@
+//! `[node]`, checked once.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use bytesize::ByteSize;
+use tidegate_common::{
+    config::{Reader, read_pair},
+    ids::{Color, NodeId, SiteName},
+    tls,
+};
+
+use crate::models::{ModelRef, Store};
+
+/// Everything a node is told.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// The node's id; its host's name unless given.
+    pub id: NodeId,
+    /// Address to serve on.
+    pub listen: SocketAddr,
+    /// `host:port` under which balancers reach it.
+    pub advertise: Option<String>,
+    /// TLS of the listener.
+    pub tls: Option<TlsFiles>,
+    /// Which model.
+    pub model: ModelRef,
+    /// The model's name in the API.
+    pub served_model_name: String,
+    /// Where models are kept.
+    pub data_dir: PathBuf,
+    /// Version of the model or its deployment.
+    pub version: String,
+    /// Blue or green.
+    pub color: Color,
+    /// Where the node stands.
+    pub site: SiteName,
+    /// Share in round-robin.
+    pub weight: u32,
+    /// Sizes and bounds of the engine.
+    pub engine: EngineLimits,
+    /// Bounds of a request.
+    pub request: RequestLimits,
+    /// What a request gets that does not say.
+    pub defaults: Defaults,
+    /// How long running answers may go on once the node is told to stop.
+    pub drain_grace: Duration,
+    /// A node whose sequences run and whose steps have not ended for this long calls itself stalled.
+    pub stall_after: Duration,
+}
+
+/// Files of the listener's TLS.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    /// Certificate chain, PEM.
+    pub cert: PathBuf,
+    /// Its key, PEM.
+    pub key: PathBuf,
+    /// Only clients with a certificate of this CA are served.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// Sizes and bounds of the engine.
+#[derive(Debug, Clone)]
+pub struct EngineLimits {
+    /// Threads of the kernels.
+    pub threads: usize,
+    /// `max_batch_size`: most sequences in a batch.
+    pub batch_size_max: usize,
+    /// `max_batch_tokens`: most tokens in a step.
+    pub batch_tokens_max: usize,
+    /// `max_queue`: most sequences that wait.
+    pub queue_max: usize,
+    /// `max_context`: most tokens of prompt and answer; the model's own when not given.
+    pub context_max: Option<usize>,
+    /// `kv_cache_memory`: bytes for keys and values; a share of the machine's free memory when not given.
+    pub kv_cache_bytes: Option<u64>,
+}
+
+/// Bounds of a request.
+#[derive(Debug, Clone)]
+pub struct RequestLimits {
+    /// `max_body`: bytes.
+    pub body_bytes_max: usize,
+    /// `max_choices`: most answers of one request, prompts times `n`.
+    pub choices_max: usize,
+    /// `request_timeout`: most time from the request's arrival to its answer's end.
+    pub timeout: Duration,
+}
+
+/// `[node.defaults]`
+#[derive(Debug, Clone)]
+pub struct Defaults {
+    /// `temperature`
+    pub temperature: f32,
+    /// `top_p`
+    pub top_p: f32,
+    /// `max_tokens`; up to the context's end when not given.
+    pub tokens_max: Option<usize>,
+}
+
+impl NodeConfig {
+    /// Reads `[node]`; all faults are noted in the reader.
+    pub fn read(root: &Reader<'_>) -> Self {
+        let r = root.section("node");
+        let listen = r.parse("listen").unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 18800)));
+        let tls = TlsFiles::read(&r.section("tls"));
+        refuse_open_listener(&r, listen, tls.as_ref());
+        let model: ModelRef =
+            r.parse("model").unwrap_or_else(|| "smollm2-135m".parse().expect("the default model is in the catalogue"));
+        refuse_missing_cuda(&r);
+        Self {
+            id: r.parse("id").unwrap_or_else(host_name),
+            listen,
+            advertise: r.get("advertise"),
+            tls,
+            served_model_name: r.get("served_model_name").unwrap_or_else(|| model.served_name()),
+            model,
+            data_dir: data_dir(&r),
+            version: r.get_or("version", String::new()),
+            color: r.parse("color").unwrap_or_else(|| "blue".parse().expect("'blue' is a valid name")),
+            site: r.parse("site").unwrap_or_else(|| "local".parse().expect("'local' is a valid name")),
+            weight: r.in_range("weight", 1..=1000, 1),
+            engine: EngineLimits::read(&r),
+            request: RequestLimits {
+                body_bytes_max: r.get_or("max_body", ByteSize::mib(8)).0 as usize,
+                choices_max: r.in_range("max_choices", 1..=128, 16),
+                timeout: r.duration_or("request_timeout", Duration::from_secs(300)),
+            },
+            defaults: Defaults::read(&r.section("defaults")),
+            drain_grace: r.get_or("drain_grace", Duration::from_secs(10)),
+            stall_after: r.duration_or("stall_after", Duration::from_secs(10)),
+        }
+    }
+
+    /// `host:port` that the node announces.
+    pub fn address(&self) -> String {
+        self.advertise.clone().unwrap_or_else(|| self.listen.to_string())
+    }
+}
+
+impl TlsFiles {
+    fn read(r: &Reader<'_>) -> Option<Self> {
+        let client_ca = r.get::<PathBuf>("client_ca");
+        let (cert, key) = read_pair(r, "cert", "key")?;
+        if let Err(e) = tls::Identity::read(&cert, &key) {
+            r.problem("cert", e.to_string(), "give a PEM certificate chain and the key that belongs to it");
+        }
+        if let Some(Err(e)) = client_ca.as_deref().map(tls::read_roots) {
+            r.problem(
+                "client_ca",
+                e.to_string(),
+                "give the PEM certificate of the CA that signs the balancers' certificates",
+            );
+        }
+        Some(Self { cert, key, client_ca })
+    }
+}
+
+impl EngineLimits {
+    fn read(r: &Reader<'_>) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            threads: r.in_range("threads", 1..=1024, cores),
+            batch_size_max: r.in_range("max_batch_size", 1..=4096, 32),
+            batch_tokens_max: r.in_range("max_batch_tokens", 1..=65_536, 512),
+            queue_max: r.in_range("max_queue", 0..=1_000_000, 256),
+            context_max: r.get_in_range("max_context", 2..=16_777_216),
+            kv_cache_bytes: r.get::<ByteSize>("kv_cache_memory").map(|size| size.0),
+        }
+    }
+}
+
+impl Defaults {
+    fn read(r: &Reader<'_>) -> Self {
+        Self {
+            temperature: r.in_range("temperature", 0.0..=2.0, 1.0) as f32,
+            top_p: r.in_range("top_p", 0.0..=1.0, 1.0) as f32,
+            tokens_max: r.get_in_range("max_tokens", 1..=16_777_216),
+        }
+    }
+}
+
+/// A plaintext listener that others can reach must be asked for in so many words.
+fn refuse_open_listener(r: &Reader<'_>, listen: SocketAddr, tls: Option<&TlsFiles>) {
+    let insecure = r.get_or("insecure", false);
+    if !listen.ip().is_loopback() && tls.is_none() && !insecure {
+        let fix = "set node.tls.cert and node.tls.key, listen on a loopback address, or set node.insecure = true on a network you trust";
+        r.problem("listen", format!("{listen} is not a loopback address and has no TLS"), fix);
+    }
+}
+
+fn refuse_missing_cuda(r: &Reader<'_>) {
+    if r.choice("device", &[("cpu", false), ("cuda", true)], false) {
+        r.problem(
+            "device",
+            "this build has no CUDA support",
+            "use device = \"cpu\"; the CUDA node is not part of this release",
+        );
+    }
+}
+
+fn data_dir(r: &Reader<'_>) -> PathBuf {
+    r.get("data_dir").unwrap_or_else(|| {
+        Store::default_data_dir().unwrap_or_else(|e| {
+            r.problem("data_dir", e.to_string(), "set node.data_dir, or the environment variable TIDEGATE_DATA_DIR");
+            PathBuf::new()
+        })
+    })
+}
+
+fn host_name() -> NodeId {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().parse().unwrap_or_else(|_| "node".parse().expect("'node' is a valid name"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tidegate_common::config::Raw;
+
+    use super::*;
+
+    fn read(text: &str) -> Result<NodeConfig, String> {
+        Raw::from_toml(text, "t").unwrap().check(NodeConfig::read).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_empty_file_is_a_whole_configuration() {
+        let config = read("").unwrap();
+        assert_eq!(config.served_model_name, "smollm2-135m");
+        assert_eq!(config.address(), "127.0.0.1:18800");
+    }
+
+    #[test]
+    fn an_open_listener_must_be_asked_for() {
+        let error = read("[node]\nlisten = \"0.0.0.0:18800\"").unwrap_err();
+        assert!(error.contains("node.listen") && error.contains("insecure = true"), "{error}");
+        assert!(read("[node]\nlisten = \"0.0.0.0:18800\"\ninsecure = true").is_ok());
+    }
+
+    #[test]
+    fn absurd_numbers_name_their_range() {
+        let error = read("[node]\nmax_batch_size = 0\nmax_context = 1\n[node.defaults]\ntemperature = 9").unwrap_err();
+        for part in ["node.max_batch_size", "node.max_context", "node.defaults.temperature"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

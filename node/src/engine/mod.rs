@@ -1,0 +1,131 @@
+//! The engine: one thread that owns the device, the scheduler and the KV pool, and a handle by which the async side talks to it.
+//! There is no lock between them: requests go in by a channel, tokens come out by one channel for each choice.
+
+mod stats;
+mod worker;
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{self, SyncSender, TrySendError},
+    },
+    thread::JoinHandle,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc as events};
+
+use crate::{
+    model::Model,
+    sample::Sampling,
+    sched::Limits,
+    stop::{Finish, StopRule},
+};
+
+pub use stats::Stats;
+
+/// One token of one choice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event {
+    /// The token.
+    pub token: u32,
+    /// Why the choice ended with it, if it did.
+    pub finish: Option<Finish>,
+}
+
+/// One sequence to generate.
+#[derive(Debug)]
+pub struct Generation {
+    /// Prompt, and after it the tokens that the client has had from another node.
+    pub tokens: Vec<u32>,
+    /// How many of `tokens` are the prompt.
+    pub prompt_len: usize,
+    /// Index of the choice.
+    pub choice: u32,
+    /// How to choose tokens.
+    pub sampling: Sampling,
+    /// When to end.
+    pub stop: StopRule,
+}
+
+/// Tokens of a running choice. Dropping it ends the choice, and frees its blocks within one step.
+#[derive(Debug)]
+pub struct Tokens {
+    /// The tokens as they come; it closes early only when the engine dies.
+    pub events: events::Receiver<Event>,
+    _permit: OwnedSemaphorePermit,
+}
+
+struct Start {
+    generation: Generation,
+    events: events::Sender<Event>,
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// As many sequences run and wait as may.
+    Full,
+    /// The engine has ended.
+    Dead,
+}
+
+/// Bounds of the engine.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineConfig {
+    /// Bounds of one step.
+    pub limits: Limits,
+    /// Most sequences that wait for a place.
+    pub queue_max: usize,
+    /// KV blocks.
+    pub blocks: usize,
+}
+
+/// The async side of the engine.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    starts: SyncSender<Start>,
+    places: Arc<Semaphore>,
+    stats: Arc<Stats>,
+}
+
+impl Engine {
+    /// Starts the engine thread; it ends when the last handle is gone.
+    pub fn start(model: Box<dyn Model>, config: EngineConfig) -> (Self, JoinHandle<()>) {
+        let places = config.limits.batch_size_max + config.queue_max;
+        let (starts, receiver) = mpsc::sync_channel(places);
+        let stats = Arc::new(Stats::new(config.blocks));
+        let worker = worker::Worker::new(model, config, receiver, stats.clone());
+        let builder = std::thread::Builder::new().name("engine".into());
+        let thread = builder.spawn(move || worker.run()).expect("a thread can be started");
+        (Self { starts, places: Arc::new(Semaphore::new(places)), stats }, thread)
+    }
+
+    /// Takes all of a request's choices, or none.
+    ///
+    /// # Errors
+    /// When there is no place for all of them, or the engine has ended.
+    pub fn submit(&self, generations: Vec<Generation>) -> Result<Vec<Tokens>, Refused> {
+        let count = u32::try_from(generations.len()).map_err(|_| Refused::Full)?;
+        let mut permits = self.places.clone().try_acquire_many_owned(count).map_err(|_| Refused::Full)?;
+        let mut all = Vec::with_capacity(generations.len());
+        for generation in generations {
+            let permit = permits.split(1).expect("one permit was taken for each");
+            // a place for every token the choice can make: the engine never waits for a slow reader
+            let (sender, events) = events::channel(generation.stop.tokens_max.max(1));
+            self.starts.try_send(Start { generation, events: sender }).map_err(|e| match e {
+                TrySendError::Full(_) => Refused::Full,
+                TrySendError::Disconnected(_) => Refused::Dead,
+            })?;
+            all.push(Tokens { events, _permit: permit });
+        }
+        Ok(all)
+    }
+
+    /// What the engine does now.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+}
+
+#[cfg(test)]
+mod tests;

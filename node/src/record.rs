@@ -1,0 +1,249 @@
+//! What is kept of each request: one log line and its share of the metrics, exactly once, also when the client left.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use prometheus::{Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind},
+    ids::RequestId,
+};
+use tracing::info;
+
+use crate::engine::Stats;
+
+/// How a generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// With its last token.
+    Finished,
+    /// The client left.
+    ClientLeft,
+    /// The node let go of it.
+    HandedOver,
+    /// Its deadline passed.
+    TimedOut,
+    /// The engine thread is gone.
+    EngineLost,
+}
+
+impl Outcome {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Finished => "finished",
+            Self::ClientLeft => "client_left",
+            Self::HandedOver => "handed_over",
+            Self::TimedOut => "timed_out",
+            Self::EngineLost => "engine_lost",
+        }
+    }
+
+    /// What a client is told that came without a balancer.
+    pub fn error(self) -> ApiError {
+        match self {
+            Self::TimedOut => ApiError::new(
+                ErrorKind::DeadlineExceeded,
+                "timed_out",
+                "the request took longer than node.request_timeout allows",
+            ),
+            Self::HandedOver => {
+                ApiError::new(ErrorKind::Unavailable, "draining", "the node shut down before the answer was whole")
+            }
+            _ => ApiError::new(ErrorKind::Internal, "engine_lost", "the node failed before the answer was whole"),
+        }
+    }
+}
+
+/// The node's metrics, under the names that dashboards for vLLM already have.
+#[derive(Clone)]
+pub struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    time_to_first_token: Histogram,
+    time_per_token: Histogram,
+    latency: Histogram,
+    /// Moving average of a request's time, in milliseconds.
+    typical_ms: Arc<AtomicU64>,
+}
+
+impl Metrics {
+    /// Metrics of one node; `model` is a label on all of them.
+    ///
+    /// # Errors
+    /// Never in practice: when two metrics had one name.
+    pub fn new(model: &str) -> Result<Self, prometheus::Error> {
+        let labels = [("model_name".to_owned(), model.to_owned())].into();
+        let registry = Registry::new_custom(None, Some(labels))?;
+        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
+            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+            registry.register(Box::new(histogram.clone()))?;
+            Ok(histogram)
+        };
+        let long = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+        let short = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
+        let requests = IntCounterVec::new(
+            Opts::new("tidegate_node_requests_total", "Requests by path, status and outcome."),
+            &["path", "status", "outcome"],
+        )?;
+        registry.register(Box::new(requests.clone()))?;
+        Ok(Self {
+            requests,
+            time_to_first_token: histogram(
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival to its first token.",
+                &long,
+            )?,
+            time_per_token: histogram(
+                "vllm:time_per_output_token_seconds",
+                "Mean time between a request's tokens.",
+                &short,
+            )?,
+            latency: histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", &long)?,
+            typical_ms: Arc::new(AtomicU64::new(1000)),
+            registry,
+        })
+    }
+
+    /// How long until a place is likely free: the typical time of a request.
+    pub fn expected_wait(&self) -> Duration {
+        Duration::from_millis(self.typical_ms.load(Relaxed)).clamp(Duration::from_secs(1), Duration::from_secs(60))
+    }
+
+    /// All metrics in Prometheus' text format.
+    pub fn render(&self, stats: Option<&Stats>) -> String {
+        let mut out = Vec::new();
+        let encoded = TextEncoder::new().encode(&self.registry.gather(), &mut out);
+        debug_assert!(encoded.is_ok(), "metrics can always be written to memory");
+        if let Some(stats) = stats {
+            let engine = engine_families(stats);
+            let _ = TextEncoder::new().encode(&engine.gather(), &mut out);
+        }
+        String::from_utf8_lossy(&out).into_owned()
+    }
+}
+
+/// The engine's own counters, read when asked.
+fn engine_families(stats: &Stats) -> Registry {
+    let registry = Registry::new();
+    let gauges = [
+        ("vllm:num_requests_running", "Sequences in the batch.", stats.running.load(Relaxed) as f64),
+        ("vllm:num_requests_waiting", "Sequences that wait for a place.", stats.waiting.load(Relaxed) as f64),
+        ("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, 0 to 1.", stats.kv_usage()),
+    ];
+    for (name, help, value) in gauges {
+        if let Ok(gauge) = prometheus::Gauge::new(name, help) {
+            gauge.set(value);
+            let _ = registry.register(Box::new(gauge));
+        }
+    }
+    let counters = [
+        ("vllm:prompt_tokens_total", "Prompt tokens taken.", &stats.prompt_tokens),
+        ("vllm:generation_tokens_total", "Tokens generated.", &stats.generated_tokens),
+        ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &stats.prompt_tokens_cached),
+        ("vllm:num_preemptions_total", "Sequences put back for want of KV blocks.", &stats.preemptions),
+        ("tidegate_node_steps_total", "Steps finished.", &stats.steps),
+    ];
+    for (name, help, value) in counters {
+        if let Ok(counter) = prometheus::IntCounter::new(name, help) {
+            counter.inc_by(value.load(Relaxed));
+            let _ = registry.register(Box::new(counter));
+        }
+    }
+    registry
+}
+
+/// One request's record; written when it is dropped.
+pub struct Record {
+    metrics: Metrics,
+    path: String,
+    id: RequestId,
+    arrived: Instant,
+    first_token: Option<Instant>,
+    prompt_tokens: usize,
+    tokens: u64,
+    stream: bool,
+    status: u16,
+    code: Option<&'static str>,
+    outcome: Outcome,
+}
+
+impl Record {
+    /// A request has arrived.
+    pub fn begin(metrics: &Metrics, path: &str, id: &RequestId, arrived: Instant) -> Self {
+        Self {
+            metrics: metrics.clone(),
+            path: path.to_owned(),
+            id: id.clone(),
+            arrived,
+            first_token: None,
+            prompt_tokens: 0,
+            tokens: 0,
+            stream: false,
+            status: 200,
+            code: None,
+            outcome: Outcome::ClientLeft,
+        }
+    }
+
+    /// It is refused.
+    pub fn refused(&mut self, error: &ApiError) {
+        self.status = error.status();
+        self.code = Some(error.code);
+        self.outcome = Outcome::Finished;
+    }
+
+    /// It runs or waits.
+    pub fn admitted(&mut self, prompt_tokens: usize, stream: bool) {
+        self.prompt_tokens = prompt_tokens;
+        self.stream = stream;
+    }
+
+    /// A token has come.
+    pub fn token(&mut self) {
+        self.first_token.get_or_insert_with(Instant::now);
+        self.tokens += 1;
+    }
+
+    /// It has ended.
+    pub fn end(&mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+
+    fn observe(&self, total: Duration) {
+        let m = &self.metrics;
+        m.requests.with_label_values(&[self.path.as_str(), &self.status.to_string(), self.outcome.word()]).inc();
+        let Some(first) = self.first_token else { return };
+        m.time_to_first_token.observe((first - self.arrived).as_secs_f64());
+        m.latency.observe(total.as_secs_f64());
+        if self.tokens > 1 {
+            m.time_per_token.observe(first.elapsed().as_secs_f64() / (self.tokens - 1) as f64);
+        }
+        let typical = m.typical_ms.load(Relaxed);
+        m.typical_ms.store((typical * 7 + total.as_millis() as u64) / 8, Relaxed);
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let total = self.arrived.elapsed();
+        self.observe(total);
+        info!(
+            request = %self.id,
+            path = self.path,
+            status = self.status,
+            outcome = self.outcome.word(),
+            error = self.code,
+            stream = self.stream,
+            prompt_tokens = self.prompt_tokens,
+            tokens = self.tokens,
+            ttft_ms = self.first_token.map(|t| (t - self.arrived).as_millis() as u64),
+            total_ms = total.as_millis() as u64,
+            "request"
+        );
+    }
+}

@@ -1,0 +1,235 @@
+//! The process's own life: listen, load, announce; and at the end withdraw, drain, hand over, leave.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use axum_server::{Handle, tls_rustls::RustlsConfig};
+use tidegate_common::{
+    contract::NodeRecord,
+    registry::Registry,
+    shutdown::{self, Shutdown},
+    tls::{self, MinVersion, TlsError},
+};
+use tracing::{info, warn};
+
+use crate::{
+    config::NodeConfig,
+    engine::{Engine, EngineConfig},
+    http::{App, Loaded, router},
+    kernels::{Backend, cpu::Cpu},
+    model::{self, Capacity, Shape},
+    models::{ModelError, Store},
+    record::Metrics,
+    sched::Limits,
+    text::{ChatTemplate, Tokenizer},
+    weights::{Gguf, LoadError},
+};
+
+/// After the handover, how long balancers get to read the last events.
+const HANDOVER_GRACE: Duration = Duration::from_millis(500);
+
+/// Share of the machine's available memory that the KV cache takes when the configuration names none.
+const KV_SHARE_OF_MEMORY: u64 = 8;
+
+/// Why a node could not run, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The address cannot be served on.
+    #[error("node.listen: cannot listen on {address}: {source}")]
+    Listen {
+        /// Which address.
+        address: SocketAddr,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Certificate or key cannot be used.
+    #[error("node.tls: {0}")]
+    Tls(#[from] TlsError),
+    /// The model is not on this machine.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The model cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A fault of ours.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// Serves until `shutdown`; then withdraws, lets running answers finish for `drain_grace`, and hands over the rest.
+///
+/// # Errors
+/// When the address, the certificate or the model cannot be used, or the engine fails.
+pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: Shutdown) -> Result<(), RunError> {
+    let (drain, draining) = shutdown::channel();
+    let (let_go, handover) = shutdown::channel();
+    let metrics = Metrics::new(&config.served_model_name).map_err(|e| RunError::Internal(e.to_string()))?;
+    let app = Arc::new(App { loaded: OnceLock::new(), metrics, draining, handover, started: Instant::now(), config });
+    let handle = Handle::new();
+    let server = serve(&app, handle.clone())?;
+    let mut server = tokio::spawn(server);
+
+    let engine = tokio::select! {
+        engine = load(app.clone()) => engine?,
+        () = shutdown.wait() => return Ok(()),
+    };
+    let record = announcement(&app.config);
+    registry.announce(record.clone()).await;
+    let ended = tokio::select! {
+        () = shutdown.wait() => Ok(()),
+        () = engine_death(&engine) => Err(RunError::Internal("the engine thread ended; the log says why".into())),
+        served = &mut server => Err(RunError::Internal(format!("the listener ended: {served:?}"))),
+    };
+    registry.withdraw(&record.id).await;
+    drain.fire();
+    wait_until_idle(&app).await;
+    let_go.fire();
+    handle.graceful_shutdown(Some(HANDOVER_GRACE));
+    let _ = tokio::time::timeout(HANDOVER_GRACE * 2, server).await;
+    info!(node = %app.config.id, "stopped");
+    ended
+}
+
+/// Binds at once, so that a port in use is an error before anything is loaded.
+fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Output = io::Result<()>> + use<>, RunError> {
+    let address = app.config.listen;
+    let listen = |source| RunError::Listen { address, source };
+    let listener = TcpListener::bind(address).map_err(listen)?;
+    listener.set_nonblocking(true).map_err(listen)?;
+    let service = router(app.clone()).into_make_service();
+    let tls = match &app.config.tls {
+        None => None,
+        Some(files) => {
+            let identity = tls::Identity::read(&files.cert, &files.key)?;
+            let config = tls::server_config(&identity, MinVersion::Tls13, files.client_ca.as_deref())?;
+            Some(RustlsConfig::from_config(Arc::new(config)))
+        }
+    };
+    let plain = tls.is_none().then(|| listener.try_clone()).transpose().map_err(listen)?;
+    info!(node = %app.config.id, %address, tls = tls.is_some(), "listening");
+    Ok(async move {
+        match (plain, tls) {
+            (Some(plain), _) => axum_server::from_tcp(plain)?.handle(handle).serve(service).await,
+            (None, Some(tls)) => axum_server::from_tcp_rustls(listener, tls)?.handle(handle).serve(service).await,
+            (None, None) => Ok(()),
+        }
+    })
+}
+
+/// Loads the model on a thread of its own, and starts the engine.
+async fn load(app: Arc<App>) -> Result<JoinHandle<()>, RunError> {
+    let inner = app.clone();
+    let work = move || load_now(&inner.config);
+    let (loaded, engine) = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| RunError::Internal(format!("loading the model failed: {e}")))??;
+    let device = loaded.device.clone();
+    let _ = app.loaded.set(loaded);
+    info!(node = %app.config.id, model = app.config.served_model_name, device, seconds = app.started.elapsed().as_secs_f32(), "ready");
+    Ok(engine)
+}
+
+fn load_now(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), RunError> {
+    let path = Store::open(&config.data_dir).locate(&config.model)?;
+    let gguf = Gguf::open(&path)?;
+    let tokenizer = Tokenizer::from_gguf(&gguf)?;
+    let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
+    let shape = Shape::read(&gguf, model::architecture(&gguf)?)?;
+    let capacity = capacity::<Cpu>(config, &shape)?;
+    let mut model = model::load(&gguf, Cpu::new(config.engine.threads), capacity)?;
+    let device = model.device_class();
+    warm_up(&mut *model, &tokenizer);
+    let limits =
+        Limits { batch_size_max: config.engine.batch_size_max, batch_tokens_max: config.engine.batch_tokens_max };
+    let (engine, thread) =
+        Engine::start(model, EngineConfig { limits, queue_max: config.engine.queue_max, blocks: capacity.blocks });
+    let end_tokens = tokenizer.end_tokens().into();
+    let loaded =
+        Loaded { engine, tokenizer: Arc::new(tokenizer), template, context: capacity.context, device, end_tokens };
+    Ok((loaded, thread))
+}
+
+/// Sizes from the configuration, or sane ones from the machine: an eighth of the free memory for keys and values, but no less than one
+/// sequence of full length, and no more than a whole batch of them.
+fn capacity<B: Backend>(config: &NodeConfig, shape: &Shape) -> Result<Capacity, LoadError> {
+    let limits = &config.engine;
+    let context = limits.context_max.unwrap_or(shape.context).min(shape.context);
+    let mut capacity = Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0 };
+    let least = capacity.blocks_per_sequence();
+    capacity.blocks = match limits.kv_cache_bytes {
+        Some(bytes) => shape.blocks_in::<B>(bytes),
+        None => {
+            shape.blocks_in::<B>(memory_available() / KV_SHARE_OF_MEMORY).clamp(least, least * limits.batch_size_max)
+        }
+    };
+    if capacity.blocks < least {
+        let needed = least * B::block_bytes(shape.cache(1)) / (1 << 20) + 1;
+        return Err(LoadError::Config(format!(
+            "node.kv_cache_memory holds {} blocks, and one sequence of {context} tokens takes {least}: raise it to {needed} MiB, or lower node.max_context",
+            capacity.blocks
+        )));
+    }
+    let mib = capacity.blocks * B::block_bytes(shape.cache(1)) / (1 << 20);
+    info!(
+        context,
+        kv_blocks = capacity.blocks,
+        kv_cache_mib = mib,
+        threads = limits.threads,
+        max_batch_size = limits.batch_size_max,
+        "sizes"
+    );
+    Ok(capacity)
+}
+
+/// Bytes that the machine could give without swapping; 8 GiB where it does not say.
+fn memory_available() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    kib.map_or(8 << 30, |kib| kib << 10)
+}
+
+/// One step, so that the first request does not pay for cold pages and buffers.
+fn warm_up(model: &mut dyn model::Model, tokenizer: &Tokenizer) {
+    let tokens: Vec<u32> = (0..16.min(tokenizer.vocab() as u32)).collect();
+    let mut batch = crate::batch::Batch::default();
+    batch.push(&tokens, 0, &[0]);
+    batch.logit_rows.push(tokens.len() as u32 - 1);
+    model.forward(&batch);
+}
+
+fn announcement(config: &NodeConfig) -> NodeRecord {
+    NodeRecord {
+        tls: config.tls.is_some(),
+        version: config.version.clone(),
+        color: config.color.clone(),
+        site: config.site.clone(),
+        weight: config.weight,
+        ..NodeRecord::new(config.id.clone(), config.address(), config.served_model_name.clone())
+    }
+}
+
+async fn engine_death(engine: &JoinHandle<()>) {
+    while !engine.is_finished() {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// Returns when nothing runs or waits, at the latest after `drain_grace`.
+async fn wait_until_idle(app: &App) {
+    let deadline = Instant::now() + app.config.drain_grace;
+    let Some(loaded) = app.loaded.get() else { return };
+    let stats = loaded.engine.stats();
+    let left = || stats.running.load(Relaxed) + stats.waiting.load(Relaxed);
+    while left() > 0 && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    if left() > 0 {
+        warn!(node = %app.config.id, streams = left(), "drain_grace is over; handing over what still runs");
+    }
+}
