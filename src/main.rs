@@ -1,1 +1,108 @@
-fn main() {}
+//! The `tidegate` command. It reads what the user wants, hands it to the balancer, the node or the model store, and says in the exit
+//! code and in one message what became of it. No logic of either server lives here.
+#![allow(clippy::print_stdout, reason = "a command answers its user on standard output")]
+
+mod up;
+mod balancer;
+mod node;
+mod check;
+mod model;
+mod status;
+mod key;
+mod settings;
+mod signals;
+mod progress;
+mod exit;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use exit::Failure;
+
+const AFTER_HELP: &str = "\
+Examples:
+  tidegate up                                   a balancer and two nodes on this machine, nothing else needed
+  tidegate up --nodes 1 --model ./my.gguf       the same with one node and a model of your own
+  tidegate check --config cluster.toml          every problem of a configuration, each with its fix
+  tidegate node --config cluster.toml --id n1   one inference node
+  tidegate balancer --config cluster.toml       the edge in front of the nodes
+  tidegate status                               a table of the running cluster
+
+Every value of the configuration file can also come from the environment: TIDEGATE__BALANCER__LISTEN sets balancer.listen.
+Flags go over the environment, the environment goes over the file.
+
+Exit codes:
+  0   done
+  64  the configuration or the arguments are wrong
+  69  something needed is out of reach: a port in use, a model that cannot be had, a service that does not answer
+  70  a fault of tidegate itself";
+
+/// An edge load balancer and a cluster of LLM inference nodes in one binary.
+#[derive(Debug, Parser)]
+#[command(name = "tidegate", version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(up::Args),
+    Balancer(balancer::Args),
+    Node(node::Args),
+    Check(check::Args),
+    #[command(subcommand)]
+    Model(model::Command),
+    Status(status::Args),
+    #[command(subcommand)]
+    Key(key::Command),
+}
+
+impl Command {
+    fn run(self) -> Result<(), Failure> {
+        match self {
+            Self::Up(args) => up::run(args),
+            Self::Balancer(args) => balancer::run(args),
+            Self::Node(args) => node::run(args),
+            Self::Check(args) => check::run(&args),
+            Self::Model(command) => model::run(command),
+            Self::Status(args) => status::run(&args),
+            Self::Key(command) => key::run(command),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    tidegate_common::tls::install_provider();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(refusal) => return exit::refused_arguments(&refusal),
+    };
+    match cli.command.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_example_of_the_help_is_a_valid_command() {
+        for line in AFTER_HELP.lines().filter_map(|line| line.strip_prefix("  tidegate ")) {
+            let words = line.split("   ").next().unwrap_or_default().split_whitespace();
+            if let Err(e) = Cli::try_parse_from(std::iter::once("tidegate").chain(words)) {
+                panic!("{line}: {e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! `tidegate check`: every problem of a configuration at once, each with its path and its fix.
+
+use tidegate_common::config::RegistryConfig;
+use tidegate_node::models::Store;
+
+use crate::{
+    exit::Failure,
+    settings::{All, ConfigFile},
+};
+
+/// Check a configuration: all problems at once, each with its path and its fix
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Certificates, keys and key files that the configuration names are opened too, so run it on the machine it \
+is for.\n\nExample:\n  tidegate check --config cluster.toml"
+)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    file: ConfigFile,
+}
+
+pub(crate) fn run(args: &Args) -> Result<(), Failure> {
+    let all = All::check(&args.file.read()?)?;
+    let scheme = if all.balancer.uses_tls() { "https" } else { "http" };
+    let listen: Vec<String> = all.balancer.listen_addresses().iter().map(|a| format!("{scheme}://{a}")).collect();
+    println!("cluster   {}, {}", all.cluster.name, registry(&all.cluster.registry));
+    println!("balancer  {}, admin http://{}", listen.join(", "), all.balancer.admin_address());
+    println!("node      {} at {}, model {}", all.node.id, all.node.address(), all.node.served_model_name);
+    if let Err(e) = Store::open(&all.node.data_dir).locate(&all.node.model) {
+        println!("note      {e}");
+    }
+    println!("no problems");
+    Ok(())
+}
+
+fn registry(registry: &RegistryConfig) -> String {
+    match registry {
+        RegistryConfig::Memory => "members known within one process (for `tidegate up`)".to_owned(),
+        RegistryConfig::Static { nodes } => format!("{} nodes listed", nodes.len()),
+        RegistryConfig::Etcd(etcd) => format!("members found in etcd at {}", etcd.endpoints.join(", ")),
+    }
+}

