@@ -49,7 +49,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     runtime.block_on(async {
         tokio::select! {
             outcome = end => outcome.map_err(|_| Failure::internal("the balancer's thread panicked"))?.map_err(Failure::from),
-            failure = signals::drain_then_cut(trigger, std::future::pending()) => Err(failure),
+            failure = signals::drain_then_cut(trigger, std::future::pending(), signals::logged) => Err(failure),
         }
     })
 }

@@ -40,3 +40,26 @@ fn registry(registry: &RegistryConfig) -> String {
         RegistryConfig::Etcd(etcd) => format!("members found in etcd at {}", etcd.endpoints.join(", ")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tidegate_common::config::Raw;
+
+    use super::*;
+
+    #[test]
+    fn every_sample_passes() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/config");
+        let mut count = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if let Err(e) = Raw::from_file(&path).and_then(|raw| All::check(&raw)) {
+                panic!("{}: {e}", path.display());
+            }
+            count += 1;
+        }
+        assert!(count >= 3, "{count} samples");
+    }
+}

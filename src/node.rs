@@ -90,5 +90,5 @@ async fn stopped(trigger: Trigger, at_end_of_stdin: bool) -> Failure {
             std::future::pending().await
         }
     };
-    signals::drain_then_cut(trigger, end).await
+    signals::drain_then_cut(trigger, end, signals::logged).await
 }

@@ -8,13 +8,13 @@ use tokio::sync::mpsc;
 use crate::exit::Failure;
 
 /// Listens until the process ends: fires `drain` at the first signal, or when `otherwise` is over, and returns at the next signal.
-pub(crate) async fn drain_then_cut(drain: Trigger, otherwise: impl Future<Output = ()>) -> Failure {
+pub(crate) async fn drain_then_cut(drain: Trigger, otherwise: impl Future<Output = ()>, say: fn(&str)) -> Failure {
     let first = tokio::select! {
         signal = signalled() => signal.map(Some),
         () = otherwise => Ok(None),
     };
     match first {
-        Ok(Some(name)) => eprintln!("{name}: draining; send it again to end at once"),
+        Ok(Some(name)) => say(name),
         Ok(None) => {}
         Err(e) => return Failure::internal(format!("cannot listen for signals: {e}")),
     }
@@ -23,6 +23,11 @@ pub(crate) async fn drain_then_cut(drain: Trigger, otherwise: impl Future<Output
         Ok(_) => Failure::cut(),
         Err(e) => Failure::internal(format!("cannot listen for signals: {e}")),
     }
+}
+
+/// Says in the log that a signal came, as servers do.
+pub(crate) fn logged(signal: &str) {
+    tracing::info!(signal, "draining; a second signal ends at once");
 }
 
 /// Returns once standard input ends, as it does when the process that holds its other end is gone.

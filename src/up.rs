@@ -143,7 +143,7 @@ impl Cluster {
         let nodes = self.start_nodes(&registry, &nodes_stop);
         tokio::select! {
             outcome = edge_then_nodes(edge, stop_nodes, nodes) => outcome,
-            failure = signals::drain_then_cut(stop_edge, std::future::pending()) => Err(failure),
+            failure = signals::drain_then_cut(stop_edge, std::future::pending(), tell) => Err(failure),
             never = self.say_ready() => never,
         }
     }
@@ -238,6 +238,11 @@ impl Cluster {
              Stop:           Ctrl-C; twice to end at once\n"
         )
     }
+}
+
+/// Says on the terminal that a signal came.
+fn tell(signal: &str) {
+    eprintln!("{signal}: running answers may end now; once more to end at once");
 }
 
 /// An address that can be connected to from this machine.

@@ -1,0 +1,50 @@
+# One word for each thing done often. `make help` lists them.
+
+# More for `tidegate up`, such as: make up ARGS="--nodes 3"
+ARGS ?=
+
+.PHONY: help up setup setup-test build model test bench lint fmt doc deny ci
+
+help: ## list these words
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+up: setup build ## install what is missing, build, fetch the model, run a balancer and two nodes on this machine
+	@exec target/release/tidegate up $(ARGS)
+
+setup: ## install what the build needs and this machine lacks
+	@deploy/setup.sh build
+
+setup-test: ## the same for the tests
+	@deploy/setup.sh test
+
+build: ## build target/release/tidegate
+	cargo build --release --locked
+
+model: setup ## fetch the model that tests use
+	cargo build --locked
+	target/debug/tidegate model pull smollm2-135m
+
+test: setup-test model ## run every test; the first time, fetch what they need
+	cargo test --locked --workspace --doc
+	cargo nextest run --locked --workspace
+
+bench: setup ## measure
+	cargo bench --locked --workspace
+
+lint: setup ## format, clippy, documentation, dependencies; warnings are errors
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- --deny warnings
+	RUSTDOCFLAGS="--deny warnings" cargo doc --locked --workspace --no-deps --document-private-items
+	@$(MAKE) --no-print-directory deny
+
+deny:
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny check bans licenses sources; \
+	else echo "cargo-deny is not installed, so licences and advisories go unchecked (cargo install cargo-deny --locked)"; fi
+
+fmt: ## format
+	cargo fmt --all
+
+doc: ## build the documentation of all crates, private items too
+	cargo doc --locked --workspace --no-deps --document-private-items
+
+ci: test lint ## what .ci/run does
