@@ -14,6 +14,8 @@ const STOPS_MAX: usize = 16;
 
 /// Longest stop string, in bytes.
 const STOP_BYTES_MAX: usize = 1024;
+/// Who may speak in a conversation.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// The body as it comes. One type for all paths: each path needs its own one of `messages`, `prompt` and `query`.
 #[derive(Debug, Default, Deserialize)]
@@ -40,6 +42,7 @@ pub(super) struct Body {
     logit_bias: Option<Value>,
     logprobs: Option<Value>,
     top_logprobs: Option<Value>,
+    ignore_eos: Option<bool>,
     echo: Option<bool>,
     suffix: Option<String>,
     best_of: Option<i64>,
@@ -145,11 +148,12 @@ impl Body {
             return Err(ApiError::invalid(Resume::FIELD, "more choices to resume than the request asks for"));
         }
         had.resize(prompts.len() * n, Vec::new());
+        let end_tokens = if self.ignore_eos == Some(true) { [].into() } else { loaded.end_tokens.clone() };
         let mut choices = Vec::with_capacity(had.len());
         for (i, had) in had.into_iter().enumerate() {
             let prompt = &prompts[i / n];
             let tokens_max = self.tokens_max(prompt.len(), app, loaded)?;
-            let stop = StopRule { end_tokens: loaded.end_tokens.clone(), tokens_max };
+            let stop = StopRule { end_tokens: end_tokens.clone(), tokens_max };
             choices.push((
                 Generation { tokens: prompt.clone(), prompt_len: prompt.len(), choice: i as u32, sampling, stop },
                 had,
@@ -193,7 +197,11 @@ impl Body {
     fn prompts(&self, api: Api, loaded: &Loaded) -> Result<Vec<Vec<u32>>, ApiError> {
         let missing = |field: &str| ApiError::invalid(field, format!("'{field}' is missing"));
         let prompts = match api {
-            Api::Chat => vec![render(self.messages.as_deref().ok_or_else(|| missing("messages"))?, loaded)?],
+            Api::Chat => {
+                let messages = self.messages.as_deref().ok_or_else(|| missing("messages"))?;
+                check_roles(messages)?;
+                vec![render(messages, loaded)?]
+            }
             Api::Query => {
                 let query = self.query.clone().ok_or_else(|| missing("query"))?;
                 vec![render(&[Message { role: "user".into(), content: query, extra: serde_json::Map::new() }], loaded)?]
@@ -300,6 +308,17 @@ fn encode(text: &str, bare: bool, loaded: &Loaded) -> Result<Vec<u32>, ApiError>
         .tokenizer
         .encode(text, bare)
         .map_err(|e| ApiError::invalid("prompt", format!("the tokenizer refuses this text: {e}")))
+}
+
+/// A template writes the role as it is, so one of the client's making could speak the template's own language.
+fn check_roles(messages: &[Message]) -> Result<(), ApiError> {
+    match messages.iter().position(|message| !ROLES.contains(&message.role.as_str())) {
+        None => Ok(()),
+        Some(i) => {
+            let known = ROLES.join(", ");
+            Err(ApiError::invalid(format!("messages[{i}].role"), format!("a role must be one of {known}")))
+        }
+    }
 }
 
 fn check_length(prompt: &[u32], api: Api, loaded: &Loaded) -> Result<(), ApiError> {
