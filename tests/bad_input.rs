@@ -48,7 +48,7 @@ fn table() -> Vec<Bad> {
         bad("messages of the wrong type", "messages", json!("hello")),
         bad("no message at all", "messages", json!([])),
         Bad("a message of the wrong type", CHAT, with("messages", json!([42])), 400, None),
-        Bad("an unknown role", CHAT, with("messages", json!([{"role": "emperor", "content": "hi"}])), 400, None),
+        bad("an unknown role", "messages", json!([{"role": "emperor", "content": "hi"}])),
         bad("temperature as text", "temperature", json!("hot")),
         bad("an absurd temperature", "temperature", json!(1e308)),
         bad("a negative temperature", "temperature", json!(-1)),
@@ -94,11 +94,11 @@ async fn bad_requests_are_refused_and_others_go_on() {
     let mut faults = Vec::new();
     for (way, base) in [("node", cluster.node("n1")), ("balancer", cluster.edge())] {
         let url = format!("{base}{CHAT}");
-        let quiet = client.stream(&url, &chat_stream("Tell me of the sea.", 300), |_| {}).await;
+        let quiet = client.stream(&url, &chat_stream("Tell me of the sea.", 200), |_| {}).await;
         assert_eq!(quiet.end(), End::Whole, "{:?}", quiet.fault);
         let beside = {
             let (client, url) = (client.clone(), url.clone());
-            tokio::spawn(async move { client.stream(&url, &chat_stream("Tell me of the sea.", 300), |_| {}).await })
+            tokio::spawn(async move { client.stream(&url, &chat_stream("Tell me of the sea.", 200), |_| {}).await })
         };
         for bad in table() {
             faults.extend(check(&client, &base, &bad).await.map(|fault| format!("{way}: {}: {fault}", bad.0)));

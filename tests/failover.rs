@@ -4,14 +4,19 @@
 //! The outage of etcd lasts `TIDEGATE_TEST_ETCD_OUTAGE_S` seconds, 15 when not set, which is well past the lease. The full run of
 //! issue 2 is 60: `TIDEGATE_TEST_ETCD_OUTAGE_S=60 cargo nextest run --test cluster failover`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future::join_all, join, stream};
+use serde_json::Value;
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
     LOADING,
-    client::{Client, End, Load, Tally, chat},
+    client::{Client, End, Load, Tally, chat, chat_stream},
     cluster::{Cluster, NodePlan, Plan, Registry},
     etcd::{Etcd, is_installed},
     until,
@@ -82,6 +87,54 @@ async fn a_killed_node_costs_no_request_and_comes_back() {
     println!("out after {out:?}; loaded in {loaded:?}, and back {back:?} after that");
     sleep(Duration::from_secs(2)).await;
     demand_no_failure(&load.stop().await);
+    let retried = client.metric(&cluster.admin(), "tidegate_retries_total").await;
+    let resumed = client.metric(&cluster.admin(), "tidegate_resumes_total").await;
+    println!("{retried} requests and {resumed} streams moved to another node");
+    assert!(retried + resumed > 0.0, "nothing was on the node when it died, so nothing was shown");
+}
+
+/// A greedy answer is the same wherever it is made, so what came through a loss can be compared with what comes in quiet.
+#[tokio::test]
+async fn streams_outlive_a_killed_and_a_hung_node_word_for_word() {
+    if !is_installed() {
+        return;
+    }
+    let mut cluster = three_nodes().await;
+    let (client, url) = (Client::new(), format!("{}/v1/chat/completions", cluster.edge()));
+    let body = |i: usize| chat_stream(&format!("Tell story number {i} of a lighthouse."), 120);
+    let mut quiet = Vec::new();
+    for i in 0..6 {
+        quiet.push(client.stream(&url, &body(i), |_| {}).await);
+    }
+    let mut resumed = 0.0;
+    for (fault, node) in [("killed", "n2"), ("hung", "n3")] {
+        let begun = AtomicUsize::new(0);
+        let streams = join_all((0..6).map(|i| {
+            let (client, url, begun) = (client.clone(), url.clone(), &begun);
+            let mut events = 0;
+            async move {
+                let count = |_: &Value| {
+                    events += 1;
+                    begun.fetch_add(usize::from(events == 8), Ordering::Relaxed);
+                };
+                client.stream(&url, &body(i), count).await
+            }
+        }));
+        let strike = async {
+            until("all streams have begun", LOADING, || async { begun.load(Ordering::Relaxed) == 6 }).await;
+            if fault == "killed" { cluster.kill_node(node) } else { cluster.process(node).signal("STOP") }
+        };
+        let (streams, ()) = join!(streams, strike);
+        for (i, (stream, quiet)) in streams.iter().zip(&quiet).enumerate() {
+            assert_eq!(stream.end(), End::Whole, "{fault}: stream {i}: {:?}", stream.fault);
+            assert_eq!(stream.text, quiet.text, "{fault}: stream {i} changed");
+            assert_eq!(stream.tokens, quiet.tokens, "{fault}: stream {i} counts otherwise");
+        }
+        let resumed_now = client.metric(&cluster.admin(), "tidegate_resumes_total").await;
+        println!("{} streams moved to another node when theirs was {fault}", resumed_now - resumed);
+        assert!(resumed_now > resumed, "no stream was on {node} when it was {fault}");
+        resumed = resumed_now;
+    }
 }
 
 #[tokio::test]

@@ -72,6 +72,13 @@ impl Client {
         Answer::read(self.0.get(url).send().await?).await
     }
 
+    /// The sum of a metric over its labels, from the text that `/metrics` gives.
+    pub(crate) async fn metric(&self, admin: &str, name: &str) -> f64 {
+        let text = self.0.get(format!("{admin}/metrics")).send().await.unwrap().text().await.unwrap();
+        let of_this = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
+        text.lines().filter(of_this).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
     /// POST of JSON.
     pub(crate) async fn post(&self, url: &str, body: &Value) -> reqwest::Result<Answer> {
         Answer::read(self.0.post(url).json(body).send().await?).await
