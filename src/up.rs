@@ -233,7 +233,7 @@ impl Cluster {
         format!(
             "ready: listening on {base} (OpenAI base URL {base}/v1)\n\nTry it:\n\n  \
              curl -N {base}/v1/chat/completions{key} -H 'content-type: application/json' \\\n    \
-             -d '{{\"model\": \"{model}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}}]}}'\n\n\
+             -d '{{\"model\": \"{model}\", \"stream\": true, \"max_tokens\": 200, \"messages\": [{{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}}]}}'\n\n\
              See the nodes:  tidegate status --admin {admin}\n\
              Stop:           Ctrl-C; twice to end at once\n"
         )

@@ -94,8 +94,8 @@ pub struct Defaults {
     pub temperature: f32,
     /// `top_p`
     pub top_p: f32,
-    /// `max_tokens`; up to the context's end when not given.
-    pub tokens_max: Option<usize>,
+    /// `max_tokens`; the context's end comes first where it is nearer.
+    pub tokens_max: usize,
 }
 
 impl NodeConfig {
@@ -173,9 +173,9 @@ impl EngineLimits {
 impl Defaults {
     fn read(r: &Reader<'_>) -> Self {
         Self {
-            temperature: r.in_range("temperature", 0.0..=2.0, 1.0) as f32,
-            top_p: r.in_range("top_p", 0.0..=1.0, 1.0) as f32,
-            tokens_max: r.get_in_range("max_tokens", 1..=16_777_216),
+            temperature: r.in_range("temperature", 0.0..=2.0, 0.7) as f32,
+            top_p: r.in_range("top_p", 0.0..=1.0, 0.92) as f32,
+            tokens_max: r.in_range("max_tokens", 1..=16_777_216, 2048),
         }
     }
 }

@@ -223,7 +223,7 @@ impl Body {
             Some(n) => ("max_completion_tokens", Some(n)),
             None => ("max_tokens", self.max_tokens),
         };
-        let Some(asked) = asked else { return Ok(app.config.defaults.tokens_max.unwrap_or(room).min(room)) };
+        let Some(asked) = asked else { return Ok(app.config.defaults.tokens_max.min(room)) };
         let asked = in_range(field, Some(asked), 1..=i64::MAX, 1)? as usize;
         if asked > room {
             let message = format!(
