@@ -11,6 +11,7 @@ mod support;
 mod config;
 mod up;
 mod allowlist;
+mod mtls;
 mod failover;
 mod batching;
 mod bad_input;
