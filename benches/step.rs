@@ -56,7 +56,13 @@ fn steps(c: &mut Criterion) {
     group.finish();
 }
 
-fn measure(group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTime>, model: &mut dyn Model, name: &str, size: usize, batch: &Batch) {
+fn measure(
+    group: &mut criterion::BenchmarkGroup<'_, criterion::measurement::WallTime>,
+    model: &mut dyn Model,
+    name: &str,
+    size: usize,
+    batch: &Batch,
+) {
     group.throughput(Throughput::Elements(batch.tokens.len() as u64));
     group.bench_function(BenchmarkId::new(name, size), |b| b.iter(|| black_box(model.forward(batch)).len()));
 }

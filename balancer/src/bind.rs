@@ -10,11 +10,10 @@ use std::{
 };
 
 use pingora::server::{Fds, ListenFds};
-use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown};
+use tidegate_common::{config::ClusterConfig, holder, registry::Registry, shutdown::Shutdown};
 
 use crate::{
     config::BalancerConfig,
-    holder,
     run::{self, RunError},
 };
 

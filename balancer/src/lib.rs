@@ -17,7 +17,6 @@
 
 mod config;
 mod bind;
-mod holder;
 mod run;
 mod accept;
 mod tls;

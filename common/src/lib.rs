@@ -8,5 +8,6 @@ pub mod config;
 pub mod contract;
 pub mod registry;
 pub mod tls;
+pub mod holder;
 pub mod shutdown;
 pub mod telemetry;

@@ -2,7 +2,7 @@
 //!
 //! The modules stand in the order of a request's life: [`http`] reads it, [`text`] turns words to tokens, the [`engine`] thread plans
 //! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s, and
-//! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run`] keeps the
+//! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run()`] keeps the
 //! process's own life from loading to the last handed-over stream, [`weights`] reads model files, and [`models`] keeps them.
 
 mod config;

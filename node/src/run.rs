@@ -11,6 +11,7 @@ use std::{
 use axum_server::{Handle, tls_rustls::RustlsConfig};
 use tidegate_common::{
     contract::NodeRecord,
+    holder,
     registry::Registry,
     shutdown::{self, Shutdown},
     tls::{self, MinVersion, TlsError},
@@ -40,12 +41,14 @@ const KV_SHARE_OF_MEMORY: u64 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The address cannot be served on.
-    #[error("node.listen: cannot listen on {address}: {source}")]
+    #[error("node.listen: cannot listen on {address}: {source}{}", .holder.as_ref().map(|h| format!("; it is held by {h}")).unwrap_or_default())]
     Listen {
         /// Which address.
         address: SocketAddr,
         /// Why not.
         source: io::Error,
+        /// Which process has it, when it is in use and the system tells.
+        holder: Option<String>,
     },
     /// Certificate or key cannot be used.
     #[error("node.tls: {0}")]
@@ -98,7 +101,10 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
 /// Binds at once, so that a port in use is an error before anything is loaded.
 fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Output = io::Result<()>> + use<>, RunError> {
     let address = app.config.listen;
-    let listen = |source| RunError::Listen { address, source };
+    let listen = |source: io::Error| {
+        let in_use = source.kind() == io::ErrorKind::AddrInUse;
+        RunError::Listen { address, holder: in_use.then(|| holder::of_port(address.port())).flatten(), source }
+    };
     let listener = TcpListener::bind(address).map_err(listen)?;
     listener.set_nonblocking(true).map_err(listen)?;
     let service = router(app.clone()).into_make_service();

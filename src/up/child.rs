@@ -82,7 +82,6 @@ impl Node {
             .arg("node")
             .args(&self.arguments)
             .args(["--listen", &address, "--stop-on-stdin-eof"])
-            .env("NO_COLOR", "1")
             .stdin(Stdio::piped())
             .stdout(log.try_clone().map_err(fail)?)
             .stderr(log)

@@ -18,7 +18,7 @@ fn engine(blocks: usize, queue_max: usize) -> Engine {
 
 fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
     let prompt: Vec<u32> = (0..5 + i * 7 % 30).map(|k| (k * 11 + i * 5) % 64).collect();
-    let temperature = if i % 2 == 0 { 0.0 } else { 0.9 };
+    let temperature = if i.is_multiple_of(2) { 0.0 } else { 0.9 };
     Generation {
         prompt_len: prompt.len(),
         tokens: [prompt.as_slice(), had].concat(),

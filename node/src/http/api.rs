@@ -101,22 +101,25 @@ impl Head {
     }
 
     /// A whole answer. `choices`: text and reason of each.
-    pub(super) fn whole<'a>(&self, choices: impl Iterator<Item = (&'a str, Option<Finish>)>, usage: Usage) -> Value {
-        let choices = choices.enumerate();
+    pub(super) fn whole<'a>(
+        &self,
+        mut choices: impl Iterator<Item = (&'a str, Option<Finish>)>,
+        usage: Usage,
+    ) -> Value {
         let mut whole = match self.api {
             Api::Chat => {
                 let choice = |(i, (text, finish)): (usize, (&str, Option<Finish>))| {
                     let message = json!({"role": "assistant", "content": text, "refusal": null});
                     json!({"index": i, "message": message, "logprobs": null, "finish_reason": finish})
                 };
-                self.wrap("chat.completion", choices.map(choice).collect())
+                self.wrap("chat.completion", choices.enumerate().map(choice).collect())
             }
             Api::Completion => {
                 let choice = |(i, (text, finish)): (usize, (&str, Option<Finish>))| json!({"index": i, "text": text, "logprobs": null, "finish_reason": finish});
-                self.wrap("text_completion", choices.map(choice).collect())
+                self.wrap("text_completion", choices.enumerate().map(choice).collect())
             }
             Api::Query => {
-                let (text, finish) = choices.map(|(_, c)| c).next().unwrap_or(("", None));
+                let (text, finish) = choices.next().unwrap_or(("", None));
                 json!({"id": self.id, "model": self.model, "answer": text, "finish_reason": finish})
             }
         };

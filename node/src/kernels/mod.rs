@@ -1,4 +1,4 @@
-//! The operations a model is written against, and their forms: [`reference`], slow and obviously right, and [`cpu`], fast.
+//! The operations a model is written against, and their forms: [`mod@reference`], slow and obviously right, and [`cpu`], fast.
 //!
 //! An architecture is written once, over [`Backend`]. One row's arithmetic never depends on the other rows of a batch: that is what
 //! makes an answer independent of who shares its step.

@@ -57,7 +57,7 @@ impl Shape {
         let query = number("attention.head_count", 1 << 10)?;
         let kv = gguf.number(&format!("{arch}.attention.head_count_kv")).unwrap_or(query);
         let dim = gguf.number(&format!("{arch}.attention.key_length")).unwrap_or(width / query);
-        if kv == 0 || !query.is_multiple_of(kv) || dim == 0 || dim > 1 << 10 || dim % 2 != 0 {
+        if kv == 0 || !query.is_multiple_of(kv) || dim == 0 || dim > 1 << 10 || !dim.is_multiple_of(2) {
             return Err(
                 gguf.broken(format!("{query} query heads, {kv} key-value heads of width {dim} do not fit together"))
             );

@@ -49,7 +49,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let n = x * LOG2_E + magic - magic;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
     let mut p = 1.987_569_2e-4f32;
-    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1] {
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + c;
     }
     let e = p * r * r + r + 1.0;

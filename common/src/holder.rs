@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 /// The holder of a listening TCP port, such as `python3 (pid 812)`.
-pub(crate) fn of_port(port: u16) -> Option<String> {
+pub fn of_port(port: u16) -> Option<String> {
     let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
         .iter()
         .filter_map(|table| fs::read_to_string(table).ok())
