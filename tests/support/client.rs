@@ -76,7 +76,10 @@ impl Client {
     pub(crate) async fn metric(&self, admin: &str, name: &str) -> f64 {
         let text = self.0.get(format!("{admin}/metrics")).send().await.unwrap().text().await.unwrap();
         let of_this = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
-        text.lines().filter(of_this).filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).fold(0.0, |a, b| a + b)
+        text.lines()
+            .filter(of_this)
+            .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
+            .fold(0.0, |a, b| a + b)
     }
 
     /// POST of JSON.
