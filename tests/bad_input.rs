@@ -49,6 +49,8 @@ fn table() -> Vec<Bad> {
         bad("no message at all", "messages", json!([])),
         Bad("a message of the wrong type", CHAT, with("messages", json!([42])), 400, None),
         bad("an unknown role", "messages", json!([{"role": "emperor", "content": "hi"}])),
+        bad("tokens outside the vocabulary", "tidegate_resume", json!({"tokens": [[4_000_000_000u32]]})),
+        bad("more choices resumed than asked for", "tidegate_resume", json!({"tokens": [[1], [2]]})),
         bad("temperature as text", "temperature", json!("hot")),
         bad("an absurd temperature", "temperature", json!(1e308)),
         bad("a negative temperature", "temperature", json!(-1)),

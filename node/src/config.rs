@@ -124,7 +124,7 @@ impl NodeConfig {
             request: RequestLimits {
                 body_bytes_max: r.get_or("max_body", ByteSize::mib(8)).0 as usize,
                 choices_max: r.in_range("max_choices", 1..=128, 16),
-                timeout: r.duration_or("request_timeout", Duration::from_secs(300)),
+                timeout: timeout(&r),
             },
             defaults: Defaults::read(&r.section("defaults")),
             drain_grace: r.get_or("drain_grace", Duration::from_secs(10)),
@@ -159,10 +159,17 @@ impl TlsFiles {
 impl EngineLimits {
     fn read(r: &Reader<'_>) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let batch_size_max = r.in_range("max_batch_size", 1..=4096, 32);
+        let batch_tokens_max = r.in_range("max_batch_tokens", 1..=65_536, 512);
+        if batch_tokens_max < batch_size_max {
+            let message =
+                format!("{batch_tokens_max} tokens a step leave some of {batch_size_max} sequences without a turn");
+            r.problem("max_batch_tokens", message, "make it at least max_batch_size");
+        }
         Self {
             threads: r.in_range("threads", 1..=1024, cores),
-            batch_size_max: r.in_range("max_batch_size", 1..=4096, 32),
-            batch_tokens_max: r.in_range("max_batch_tokens", 1..=65_536, 512),
+            batch_size_max,
+            batch_tokens_max,
             queue_max: r.in_range("max_queue", 0..=1_000_000, 256),
             context_max: r.get_in_range("max_context", 2..=16_777_216),
             kv_cache_bytes: r.get::<ByteSize>("kv_cache_memory").map(|size| size.0),
@@ -178,6 +185,15 @@ impl Defaults {
             tokens_max: r.in_range("max_tokens", 1..=16_777_216, 2048),
         }
     }
+}
+
+fn timeout(r: &Reader<'_>) -> Duration {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let timeout = r.duration_or("request_timeout", Duration::from_secs(300));
+    if timeout > DAY {
+        r.problem("request_timeout", "longer than a day", "choose at most \"1day\"");
+    }
+    timeout.min(DAY)
 }
 
 /// A plaintext listener that others can reach must be asked for in so many words.

@@ -22,6 +22,8 @@ use crate::engine::Stats;
 pub enum Outcome {
     /// With its last token.
     Finished,
+    /// Before it began.
+    Refused,
     /// The client left.
     ClientLeft,
     /// The node let go of it.
@@ -36,6 +38,7 @@ impl Outcome {
     fn word(self) -> &'static str {
         match self {
             Self::Finished => "finished",
+            Self::Refused => "refused",
             Self::ClientLeft => "client_left",
             Self::HandedOver => "handed_over",
             Self::TimedOut => "timed_out",
@@ -192,9 +195,14 @@ impl Record {
 
     /// It is refused.
     pub fn refused(&mut self, error: &ApiError) {
+        self.answered(error);
+        self.outcome = Outcome::Refused;
+    }
+
+    /// Its answer is this error.
+    pub fn answered(&mut self, error: &ApiError) {
         self.status = error.status();
         self.code = Some(error.code);
-        self.outcome = Outcome::Finished;
     }
 
     /// It runs or waits.

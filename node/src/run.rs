@@ -3,7 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
+    sync::{Arc, OnceLock},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -23,6 +23,7 @@ use crate::{
     engine::{Engine, EngineConfig},
     http::{App, Loaded, router},
     kernels::{Backend, cpu::Cpu},
+    kv::BLOCK_TOKENS,
     model::{self, Capacity, Shape},
     models::{ModelError, Store},
     record::Metrics,
@@ -90,10 +91,14 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
     };
     registry.withdraw(&record.id).await;
     drain.fire();
-    wait_until_idle(&app).await;
+    if ended.is_ok() {
+        wait_until_idle(&app).await;
+    }
     let_go.fire();
     handle.graceful_shutdown(Some(HANDOVER_GRACE));
-    let _ = tokio::time::timeout(HANDOVER_GRACE * 2, server).await;
+    if !server.is_finished() {
+        let _ = tokio::time::timeout(HANDOVER_GRACE * 2, server).await;
+    }
     info!(node = %app.config.id, "stopped");
     ended
 }
@@ -149,7 +154,7 @@ fn load_now(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), RunError> {
     let capacity = capacity::<Cpu>(config, &shape)?;
     let mut model = model::load(&gguf, Cpu::new(config.engine.threads), capacity)?;
     let device = model.device_class();
-    warm_up(&mut *model, &tokenizer);
+    warm_up(&mut *model, &tokenizer, capacity.context);
     let limits =
         Limits { batch_size_max: config.engine.batch_size_max, batch_tokens_max: config.engine.batch_tokens_max };
     let (engine, thread) =
@@ -167,24 +172,37 @@ fn capacity<B: Backend>(config: &NodeConfig, shape: &Shape) -> Result<Capacity, 
     let context = limits.context_max.unwrap_or(shape.context).min(shape.context);
     let mut capacity = Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0 };
     let least = capacity.blocks_per_sequence();
+    let mib = |blocks: usize| (blocks as u64).saturating_mul(B::block_bytes(shape.cache(1)) as u64).div_ceil(1 << 20);
+    let (free, needed) = (memory_available(), mib(least));
+    if needed > free >> 20 {
+        return Err(LoadError::Config(format!(
+            "one sequence of {context} tokens takes {needed} MiB for keys and values, and {} MiB are free: lower node.max_context",
+            free >> 20
+        )));
+    }
     capacity.blocks = match limits.kv_cache_bytes {
         Some(bytes) => shape.blocks_in::<B>(bytes),
-        None => {
-            shape.blocks_in::<B>(memory_available() / KV_SHARE_OF_MEMORY).clamp(least, least * limits.batch_size_max)
-        }
+        None => shape.blocks_in::<B>(free / KV_SHARE_OF_MEMORY).clamp(least, least * limits.batch_size_max),
     };
+    // a slot's number must fit 32 bits
+    capacity.blocks = capacity.blocks.min(u32::MAX as usize / BLOCK_TOKENS);
+    let taken = mib(capacity.blocks);
     if capacity.blocks < least {
-        let needed = least * B::block_bytes(shape.cache(1)) / (1 << 20) + 1;
         return Err(LoadError::Config(format!(
             "node.kv_cache_memory holds {} blocks, and one sequence of {context} tokens takes {least}: raise it to {needed} MiB, or lower node.max_context",
             capacity.blocks
         )));
     }
-    let mib = capacity.blocks * B::block_bytes(shape.cache(1)) / (1 << 20);
+    if taken > free >> 20 {
+        return Err(LoadError::Config(format!(
+            "node.kv_cache_memory is {taken} MiB, and {} MiB are free: lower it",
+            free >> 20
+        )));
+    }
     info!(
         context,
         kv_blocks = capacity.blocks,
-        kv_cache_mib = mib,
+        kv_cache_mib = taken,
         threads = limits.threads,
         max_batch_size = limits.batch_size_max,
         "sizes"
@@ -201,12 +219,13 @@ fn memory_available() -> u64 {
 }
 
 /// One step, so that the first request does not pay for cold pages and buffers.
-fn warm_up(model: &mut dyn model::Model, tokenizer: &Tokenizer) {
-    let tokens: Vec<u32> = (0..16.min(tokenizer.vocab() as u32)).collect();
+fn warm_up(model: &mut dyn model::Model, tokenizer: &Tokenizer, context: usize) {
+    let count = BLOCK_TOKENS.min(tokenizer.vocab()).min(context);
+    let tokens: Vec<u32> = (0..count as u32).collect();
     let mut batch = crate::batch::Batch::default();
     batch.push(&tokens, 0, &[0]);
     batch.logit_rows.push(tokens.len() as u32 - 1);
-    model.forward(&batch);
+    model.forward(&batch, &|| {});
 }
 
 fn announcement(config: &NodeConfig) -> NodeRecord {
@@ -226,16 +245,15 @@ async fn engine_death(engine: &JoinHandle<()>) {
     }
 }
 
-/// Returns when nothing runs or waits, at the latest after `drain_grace`.
+/// Returns when every answer has been read to its end, at the latest after `drain_grace`.
 async fn wait_until_idle(app: &App) {
     let deadline = Instant::now() + app.config.drain_grace;
     let Some(loaded) = app.loaded.get() else { return };
-    let stats = loaded.engine.stats();
-    let left = || stats.running.load(Relaxed) + stats.waiting.load(Relaxed);
-    while left() > 0 && Instant::now() < deadline {
+    while loaded.engine.open() > 0 && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    if left() > 0 {
-        warn!(node = %app.config.id, streams = left(), "drain_grace is over; handing over what still runs");
+    if loaded.engine.open() > 0 {
+        let streams = loaded.engine.open();
+        warn!(node = %app.config.id, streams, "drain_grace is over; handing over what still runs");
     }
 }

@@ -167,7 +167,11 @@ impl Gguf {
     /// # Errors
     /// When it is not sound.
     pub fn from_bytes(path: &Path, bytes: Bytes) -> Result<Self, LoadError> {
-        let content = Content::read(&mut Cursor::new(&bytes[..]))
+        // candle divides by the file's own alignment, which may be zero
+        let read = std::panic::catch_unwind(|| Content::read(&mut Cursor::new(&bytes[..])));
+        let panicked = |_| LoadError::Broken { path: path.to_owned(), reason: "its head cannot be read".to_owned() };
+        let content = read
+            .map_err(panicked)?
             .map_err(|e| LoadError::Broken { path: path.to_owned(), reason: first_line(&e.to_string()) })?;
         Ok(Self { path: path.to_owned(), content, bytes })
     }

@@ -85,6 +85,7 @@ pub struct EngineConfig {
 pub struct Engine {
     starts: SyncSender<Start>,
     places: Arc<Semaphore>,
+    places_max: usize,
     stats: Arc<Stats>,
 }
 
@@ -92,12 +93,13 @@ impl Engine {
     /// Starts the engine thread; it ends when the last handle is gone.
     pub fn start(model: Box<dyn Model>, config: EngineConfig) -> (Self, JoinHandle<()>) {
         let places = config.limits.batch_size_max + config.queue_max;
-        let (starts, receiver) = mpsc::sync_channel(places);
+        // starts of clients that left at once are only taken out with the next step
+        let (starts, receiver) = mpsc::sync_channel(2 * places);
         let stats = Arc::new(Stats::new(config.blocks));
         let worker = worker::Worker::new(model, config, receiver, stats.clone());
         let builder = std::thread::Builder::new().name("engine".into());
         let thread = builder.spawn(move || worker.run()).expect("a thread can be started");
-        (Self { starts, places: Arc::new(Semaphore::new(places)), stats }, thread)
+        (Self { starts, places: Arc::new(Semaphore::new(places)), places_max: places, stats }, thread)
     }
 
     /// Takes all of a request's choices, or none.
@@ -119,6 +121,11 @@ impl Engine {
             all.push(Tokens { events, _permit: permit });
         }
         Ok(all)
+    }
+
+    /// Choices whose answers have not been read to their end.
+    pub fn open(&self) -> usize {
+        self.places_max - self.places.available_permits()
     }
 
     /// What the engine does now.

@@ -27,7 +27,9 @@ pub struct Stats {
     pub generated_tokens: AtomicU64,
     /// Sequences put back for want of blocks.
     pub preemptions: AtomicU64,
-    /// When the last step ended or the engine last had nothing to do, in milliseconds since `started`.
+    /// Layers computed; grows within a step too, so it tells a long step from a hung one.
+    pub beats: AtomicU64,
+    /// When the last layer was computed or the engine last had nothing to do, in milliseconds since `started`.
     progress_ms: AtomicU64,
 }
 
@@ -45,15 +47,17 @@ impl Stats {
             prompt_tokens_cached: zero(),
             generated_tokens: zero(),
             preemptions: zero(),
+            beats: zero(),
             progress_ms: zero(),
         }
     }
 
     pub(super) fn note_progress(&self) {
+        self.beats.fetch_add(1, Relaxed);
         self.progress_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
     }
 
-    /// How long ago a step ended, while sequences run; zero when idle.
+    /// How long ago a layer was computed, while sequences run; zero when idle.
     pub fn silent_for(&self) -> Duration {
         if self.running.load(Relaxed) == 0 {
             return Duration::ZERO;

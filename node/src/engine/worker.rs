@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::Ordering::Relaxed,
@@ -10,6 +11,7 @@ use std::{
 };
 
 use tokio::sync::mpsc as events;
+use tracing::error;
 
 use super::{EngineConfig, Event, Start, Stats};
 use crate::{
@@ -62,14 +64,23 @@ impl Worker {
             let plan = self.scheduler.plan();
             self.publish(&plan);
             if !plan.pieces.is_empty() {
-                self.step(&plan);
+                self.step_or_drop(&plan);
             }
+        }
+    }
+
+    /// A panic in a step ends the sequences of that step and no more: their readers see their channels close.
+    fn step_or_drop(&mut self, plan: &Plan) {
+        if std::panic::catch_unwind(AssertUnwindSafe(|| self.step(plan))).is_err() {
+            error!(sequences = plan.pieces.len(), "a step panicked; its sequences are dropped");
+            plan.pieces.iter().for_each(|piece| self.remove(piece.seq));
         }
     }
 
     fn step(&mut self, plan: &Plan) {
         self.batch.fill(plan, &self.scheduler);
-        let logits = self.model.forward(&self.batch);
+        let stats = self.stats.clone();
+        let logits = self.model.forward(&self.batch, &|| stats.note_progress());
         let vocab = logits.len() / self.batch.samples.len().max(1);
         let draws = self.batch.samples.iter().zip(logits.chunks_exact(vocab.max(1)));
         let tokens: Vec<(SeqId, u32)> = draws
@@ -81,7 +92,6 @@ impl Worker {
             .collect();
         self.commit(plan, &tokens);
         self.stats.steps.fetch_add(1, Relaxed);
-        self.stats.note_progress();
     }
 
     fn commit(&mut self, plan: &Plan, tokens: &[(SeqId, u32)]) {

@@ -3,10 +3,13 @@
 //! To a balancer every event carries its tokens, so that another node can go on after any of them; the events of a choice that was
 //! taken up here begin after the tokens that the client has had.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use axum::{
-    body::{Body, to_bytes},
+    body::Body,
     http::{HeaderValue, Request, Response, StatusCode, header},
     response::IntoResponse,
 };
@@ -14,7 +17,8 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, ErrorKind, EventId, event};
-use tokio_stream::StreamMap;
+use tokio::sync::mpsc;
+use tokio_stream::{StreamMap, wrappers::ReceiverStream};
 
 use super::{
     Api, App, Reply,
@@ -31,6 +35,18 @@ use crate::{
 
 /// How often a request that waits shows that it is alive.
 const WAIT_INTERVAL: Duration = Duration::from_millis(900);
+
+/// After the deadline, how long a client gets to read the last event.
+const WRITE_GRACE: Duration = Duration::from_secs(1);
+
+/// Bytes of one token id and its comma in JSON.
+const TOKEN_BYTES_MAX: usize = 8;
+
+/// Bytes of a body too large that are read and thrown away.
+const DISCARD_BYTES_MAX: usize = 64 << 20;
+
+/// How long they are.
+const DISCARD_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Serves one generation.
 pub(super) async fn serve(app: Arc<App>, api: Api, request: Request<Body>) -> axum::response::Response {
@@ -52,9 +68,12 @@ pub(super) async fn serve(app: Arc<App>, api: Api, request: Request<Body>) -> ax
 
 /// Reads, checks and submits a request.
 async fn open(app: &Arc<App>, api: Api, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
-    app.ready()?;
-    let bytes_max = app.config.request.body_bytes_max;
-    let body = to_bytes(request.into_body(), bytes_max).await.map_err(|_| too_large(bytes_max))?;
+    let loaded = app.ready()?;
+    // a balancer sends a client's body again with the tokens that the client has had
+    let resumed = if frame.wire { app.config.request.choices_max * loaded.context * TOKEN_BYTES_MAX } else { 0 };
+    let deadline = tokio::time::Instant::from_std(frame.deadline);
+    let reading = read_body(request.into_body(), app.config.request.body_bytes_max + resumed);
+    let body = tokio::time::timeout_at(deadline, reading).await.map_err(|_| too_slow())??;
     let (inner, seed) = (app.clone(), frame.seed);
     // templates and tokenizers take milliseconds for long prompts: not on the threads that serve others
     let work = move || {
@@ -65,9 +84,36 @@ async fn open(app: &Arc<App>, api: Api, frame: &Frame, request: Request<Body>) -
     Answer::submit(app.clone(), api, frame.clone(), valid)
 }
 
-fn too_large(bytes_max: usize) -> ApiError {
-    let message = format!("the body is larger than {bytes_max} bytes, or broke off; node.max_body sets the limit");
-    ApiError::new(ErrorKind::TooLarge, "body_too_large", message)
+/// Reads a body of at most `bytes_max`. What is beyond is read and thrown away for a while, since a client that is still writing does
+/// not read the refusal.
+async fn read_body(body: Body, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
+    let mut parts = body.into_data_stream();
+    let mut bytes = Vec::new();
+    while let Some(part) = parts.next().await {
+        let part = part
+            .map_err(|e| ApiError::new(ErrorKind::InvalidRequest, "body_broken", format!("the body broke off: {e}")))?;
+        if bytes.len() + part.len() > bytes_max {
+            let discard = async {
+                let mut left = DISCARD_BYTES_MAX;
+                while let Some(Ok(part)) = parts.next().await {
+                    left = left.saturating_sub(part.len());
+                    if left == 0 {
+                        return;
+                    }
+                }
+            };
+            let _ = tokio::time::timeout(DISCARD_TIME_MAX, discard).await;
+            let message = format!("the body is larger than {bytes_max} bytes; node.max_body sets the limit");
+            return Err(ApiError::new(ErrorKind::TooLarge, "body_too_large", message));
+        }
+        bytes.extend_from_slice(&part);
+    }
+    Ok(bytes)
+}
+
+fn too_slow() -> ApiError {
+    let message = "the body took longer to come than node.request_timeout allows";
+    ApiError::new(ErrorKind::RequestTimeout, "body_timeout", message)
 }
 
 fn internal() -> ApiError {
@@ -87,7 +133,7 @@ struct Answer {
     /// Choices that still run.
     running: StreamMap<u32, Tokens>,
     record: Option<Record>,
-    steps_seen: u64,
+    beats_seen: u64,
     ended: bool,
 }
 
@@ -118,7 +164,7 @@ impl Answer {
             texts,
             running: indices.into_iter().zip(tokens).collect(),
             record: None,
-            steps_seen: 0,
+            beats_seen: 0,
             ended: false,
             app,
         })
@@ -131,15 +177,31 @@ impl Answer {
     }
 
     fn into_stream(self) -> axum::response::Response {
-        let frames = futures::stream::unfold(self, |mut answer| async move {
-            let frame = answer.next_frame().await?;
-            Some((Ok::<Bytes, std::convert::Infallible>(Bytes::from(frame)), answer))
-        });
+        let (sender, frames) = mpsc::channel::<Bytes>(1);
+        // a task of its own, so that the deadline holds for a client that stops reading too
+        tokio::spawn(self.send(sender));
+        let frames = ReceiverStream::new(frames).map(Ok::<Bytes, std::convert::Infallible>);
         let mut response = Response::new(Body::from_stream(frames));
         *response.status_mut() = StatusCode::OK;
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(event::CONTENT_TYPE));
         response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         response
+    }
+
+    async fn send(mut self, client: mpsc::Sender<Bytes>) {
+        let last_word = tokio::time::Instant::from_std(self.frame.deadline) + WRITE_GRACE;
+        loop {
+            let frame = tokio::select! {
+                frame = self.next_frame() => frame,
+                () = client.closed() => None,
+            };
+            let Some(frame) = frame else { return };
+            match tokio::time::timeout_at(last_word, client.send(frame.into())).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return,
+                Err(_) => return self.end(Outcome::TimedOut),
+            }
+        }
     }
 
     async fn into_json(mut self) -> axum::response::Response {
@@ -154,8 +216,12 @@ impl Answer {
                     return Reply::json(200, &self.whole()).into_response();
                 }
                 Next::Broken(outcome) => {
+                    let error = outcome.error();
                     self.end(outcome);
-                    return Reply::from(outcome.error()).into_response();
+                    if let Some(record) = &mut self.record {
+                        record.answered(&error);
+                    }
+                    return Reply::from(error).into_response();
                 }
             }
         }
@@ -189,12 +255,13 @@ impl Answer {
         let deadline = tokio::time::Instant::from_std(self.frame.deadline);
         tokio::select! {
             biased;
-            () = handover.wait() => Next::Broken(Outcome::HandedOver),
+            // tokens that are there go out before anything ends the answer
             token = self.running.next() => match token {
                 Some((choice, event)) => Next::Token(choice, event),
-                // every channel closed, and a choice has no end: the engine thread is gone
+                // every channel closed, and a choice has no end: the engine dropped it
                 None => Next::Broken(Outcome::EngineLost),
             },
+            () = handover.wait() => Next::Broken(Outcome::HandedOver),
             () = tokio::time::sleep_until(deadline) => Next::Broken(Outcome::TimedOut),
             () = tokio::time::sleep(WAIT_INTERVAL) => Next::Silence,
         }
@@ -237,9 +304,8 @@ impl Answer {
 
     /// A sign of life to a balancer, as long as the engine itself shows one.
     fn write_wait(&mut self, out: &mut Vec<u8>) {
-        let steps =
-            self.app.loaded.get().map_or(0, |l| l.engine.stats().steps.load(std::sync::atomic::Ordering::Relaxed));
-        let lives = std::mem::replace(&mut self.steps_seen, steps) != steps;
+        let beats = self.app.loaded.get().map_or(0, |l| l.engine.stats().beats.load(Relaxed));
+        let lives = std::mem::replace(&mut self.beats_seen, beats) != beats;
         if self.frame.wire && lives {
             out.extend_from_slice(event::WAIT);
         }
@@ -257,13 +323,13 @@ impl Answer {
         event::write(out, id.as_ref(), None, Some(event::DONE.as_bytes()));
     }
 
-    /// A balancer goes on elsewhere; a client that came directly is told.
+    /// A balancer goes on elsewhere; a client that came directly, or whose time is over, is told.
     fn write_break(&mut self, outcome: Outcome, out: &mut Vec<u8>) {
         self.end(outcome);
-        if self.frame.wire {
+        if self.frame.wire && outcome != Outcome::TimedOut {
             out.extend_from_slice(event::HANDOVER);
         } else {
-            self.write_event(None, Some(&outcome.error().to_json()), out);
+            self.write_event(Some(EventId::End), Some(&outcome.error().to_json()), out);
         }
     }
 

@@ -94,6 +94,9 @@ impl Head {
 
     /// The piece after the last, for clients that asked for it.
     pub(super) fn usage_piece(&self, usage: Usage) -> Value {
+        if self.api == Api::Query {
+            return json!({"id": self.id, "answer": "", "usage": usage.json()});
+        }
         let object = if self.api == Api::Completion { "text_completion" } else { "chat.completion.chunk" };
         let mut piece = self.wrap(object, json!([]));
         piece["usage"] = usage.json();

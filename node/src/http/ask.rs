@@ -134,15 +134,18 @@ impl Body {
         let sampling = self.sampling(app, seed)?;
         let stops = self.stops()?;
         let n = in_range("n", self.n, 1..=128, 1)? as usize;
-        let prompts = self.prompts(api, loaded)?;
+        if api == Api::Query && n > 1 {
+            return Err(ApiError::invalid("n", "n must be 1 here; /v1/chat/completions gives several answers"));
+        }
         let choices_max = app.config.request.choices_max;
-        if prompts.len() * n > choices_max {
+        let prompts_given = self.prompt.as_ref().filter(|_| api == Api::Completion).map_or(1, Prompt::count);
+        if prompts_given * n > choices_max {
             let message = format!(
-                "{} prompts with n = {n} make more than the {choices_max} answers that node.max_choices allows",
-                prompts.len()
+                "{prompts_given} prompts with n = {n} make more than the {choices_max} answers that node.max_choices allows"
             );
             return Err(ApiError::invalid("n", message));
         }
+        let prompts = self.prompts(api, loaded)?;
         let mut had = self.tidegate_resume.as_ref().map(|r| r.tokens.clone()).unwrap_or_default();
         if had.len() > prompts.len() * n {
             return Err(ApiError::invalid(Resume::FIELD, "more choices to resume than the request asks for"));
@@ -151,6 +154,7 @@ impl Body {
         let end_tokens = if self.ignore_eos == Some(true) { [].into() } else { loaded.end_tokens.clone() };
         let mut choices = Vec::with_capacity(had.len());
         for (i, had) in had.into_iter().enumerate() {
+            let had = known(Resume::FIELD, &had, loaded)?;
             let prompt = &prompts[i / n];
             let tokens_max = self.tokens_max(prompt.len(), app, loaded)?;
             let stop = StopRule { end_tokens: end_tokens.clone(), tokens_max };
@@ -275,22 +279,28 @@ impl Body {
 }
 
 impl Prompt {
+    fn count(&self) -> usize {
+        match self {
+            Self::Text(_) | Self::Tokens(_) => 1,
+            Self::Texts(texts) => texts.len(),
+            Self::TokenLists(lists) => lists.len(),
+        }
+    }
+
     fn tokens(&self, loaded: &Loaded) -> Result<Vec<Vec<u32>>, ApiError> {
         match self {
             Self::Text(text) => Ok(vec![encode(text, true, loaded)?]),
             Self::Texts(texts) => texts.iter().map(|text| encode(text, true, loaded)).collect(),
-            Self::Tokens(tokens) => known(tokens, loaded).map(|tokens| vec![tokens]),
-            Self::TokenLists(lists) => lists.iter().map(|tokens| known(tokens, loaded)).collect(),
+            Self::Tokens(tokens) => known("prompt", tokens, loaded).map(|tokens| vec![tokens]),
+            Self::TokenLists(lists) => lists.iter().map(|tokens| known("prompt", tokens, loaded)).collect(),
         }
     }
 }
 
-fn known(tokens: &[u32], loaded: &Loaded) -> Result<Vec<u32>, ApiError> {
+fn known(field: &str, tokens: &[u32], loaded: &Loaded) -> Result<Vec<u32>, ApiError> {
     let vocab = loaded.tokenizer.vocab();
     match tokens.iter().find(|t| **t as usize >= vocab) {
-        Some(token) => {
-            Err(ApiError::invalid("prompt", format!("token id {token} is outside the vocabulary of {vocab}")))
-        }
+        Some(token) => Err(ApiError::invalid(field, format!("token id {token} is outside the vocabulary of {vocab}"))),
         None => Ok(tokens.to_vec()),
     }
 }
@@ -303,7 +313,20 @@ fn render(messages: &[Message], loaded: &Loaded) -> Result<Vec<u32>, ApiError> {
     encode(&prompt, false, loaded)
 }
 
+/// Text that cannot fit the context, however it is cut into tokens, is refused before it costs time.
 fn encode(text: &str, bare: bool, loaded: &Loaded) -> Result<Vec<u32>, ApiError> {
+    let bytes_max = loaded.context.saturating_mul(loaded.tokenizer.token_bytes_max());
+    if text.len() > bytes_max {
+        let message = format!(
+            "the prompt has {} bytes, more than {} tokens can spell; node.max_context sets the context",
+            text.len(),
+            loaded.context
+        );
+        return Err(ApiError {
+            code: "context_length_exceeded",
+            ..ApiError::invalid(if bare { "prompt" } else { "messages" }, message)
+        });
+    }
     loaded
         .tokenizer
         .encode(text, bare)

@@ -115,7 +115,7 @@ impl Source<'_> {
 }
 
 impl<B: Backend> Model for Llama<B> {
-    fn forward(&mut self, batch: &Batch) -> &[f32] {
+    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> &[f32] {
         let b = &mut self.backend;
         b.embed(&self.embedding, &batch.tokens, &mut self.residual);
         for (i, layer) in self.layers.iter().enumerate() {
@@ -125,6 +125,7 @@ impl<B: Backend> Model for Llama<B> {
             b.linear_add(&self.mixed, &layer.attention_out, &mut self.residual);
             b.norm_linear(&self.residual, &layer.gate_norm, &layer.gate_up, &mut self.gate_up);
             b.gated_linear_add(&self.gate_up, &layer.down, &mut self.residual);
+            beat();
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         b.head(&self.residual, &batch.logit_rows, &self.norm, head, &mut self.logits);

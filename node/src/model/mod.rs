@@ -15,8 +15,8 @@ pub use llama::Llama;
 
 /// What the engine asks of a model.
 pub trait Model: Send {
-    /// Computes one step, and returns the logits after each of the batch's `logit_rows`, `[S, V]`.
-    fn forward(&mut self, batch: &Batch) -> &[f32];
+    /// Computes one step, and returns the logits after each of the batch's `logit_rows`, `[S, V]`. Calls `beat` after each layer.
+    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> &[f32];
 
     /// Vocabulary, `V`.
     fn vocab(&self) -> usize;
@@ -110,15 +110,34 @@ impl Capacity {
 /// Architecture of a file, when it is one of ours.
 ///
 /// # Errors
-/// When it is missing or another.
+/// When it is missing, another, or a variant that this code would compute wrongly.
 pub fn architecture(gguf: &Gguf) -> Result<&str, LoadError> {
-    match gguf.text("general.architecture") {
-        Some(arch @ "llama") => Ok(arch),
+    let arch = match gguf.text("general.architecture") {
+        Some(arch @ "llama") => arch,
         Some(other) => {
-            Err(LoadError::Unsupported(format!("architecture '{other}' is not supported yet; supported: llama")))
+            let text = format!("architecture '{other}' is not supported yet; supported: llama");
+            return Err(LoadError::Unsupported(text));
         }
-        None => Err(gguf.broken("'general.architecture' is missing")),
+        None => return Err(gguf.broken("'general.architecture' is missing")),
+    };
+    let is_scaled = gguf.text(&format!("{arch}.rope.scaling.type")).is_some_and(|kind| kind != "none");
+    let variants = [
+        ("scaled rotary positions", is_scaled || gguf.has("rope_freqs.weight")),
+        ("mixtures of experts", gguf.number(&format!("{arch}.expert_count")).is_some_and(|n| n > 0)),
+        ("biases in attention", gguf.has("blk.0.attn_q.bias")),
+        ("partly rotated heads", partly_rotated(gguf, arch)),
+    ];
+    match variants.iter().find(|(_, is_so)| *is_so) {
+        Some((what, _)) => Err(LoadError::Unsupported(format!("this model has {what}, which are not supported yet"))),
+        None => Ok(arch),
     }
+}
+
+fn partly_rotated(gguf: &Gguf, arch: &str) -> bool {
+    let number = |key: &str| gguf.number(&format!("{arch}.{key}"));
+    let head = number("attention.key_length")
+        .or_else(|| number("embedding_length")?.checked_div(number("attention.head_count")?));
+    number("rope.dimension_count").is_some_and(|rotated| Some(rotated) != head)
 }
 
 /// Loads the model of a file onto a backend.
@@ -132,3 +151,33 @@ pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: B, capacity: Capacity) -
 
 #[cfg(test)]
 pub(crate) mod tiny;
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+
+    use super::*;
+
+    /// A model that would be computed wrongly is refused when it is loaded.
+    #[test]
+    fn variants_that_are_not_supported_are_refused_by_name() {
+        let refusal = |key: &str, value: Value| {
+            let gguf = tiny::llama_with(1, GgmlDType::F32, &[(key, value)]);
+            architecture(&gguf).map(str::to_owned).unwrap_err().to_string()
+        };
+        assert!(refusal("llama.rope.scaling.type", Value::String("yarn".into())).contains("scaled rotary"));
+        assert!(refusal("llama.expert_count", Value::U32(8)).contains("mixtures of experts"));
+        assert!(refusal("llama.rope.dimension_count", Value::U32(8)).contains("partly rotated"));
+        assert!(architecture(&tiny::llama(1, GgmlDType::F32)).is_ok());
+    }
+
+    #[test]
+    fn absurd_shapes_are_refused() {
+        for (key, value) in
+            [("llama.attention.head_count_kv", 3), ("llama.attention.head_count", 0), ("llama.attention.key_length", 7)]
+        {
+            let gguf = tiny::llama_with(1, GgmlDType::F32, &[(key, Value::U32(value))]);
+            assert!(Shape::read(&gguf, "llama").is_err(), "{key} = {value} passed");
+        }
+    }
+}

@@ -19,6 +19,11 @@ pub(crate) const VOCAB: usize = 64;
 
 /// A Llama of two layers, width 64, 4 query and 2 key-value heads of 16, with weights of the given type.
 pub(crate) fn llama(seed: u64, dtype: GgmlDType) -> Gguf {
+    llama_with(seed, dtype, &[])
+}
+
+/// The same with more metadata.
+pub(crate) fn llama_with(seed: u64, dtype: GgmlDType, more: &[(&str, Value)]) -> Gguf {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tensor = |name: String, rows: usize, cols: usize, dtype: GgmlDType| {
         let scale = 1.0 / (cols as f32).sqrt();
@@ -61,6 +66,8 @@ pub(crate) fn llama(seed: u64, dtype: GgmlDType) -> Gguf {
         "tokenizer.ggml.tokens".into(),
         Value::Array((0..VOCAB).map(|i| Value::String(format!("t{i}"))).collect()),
     ));
+
+    metadata.extend(more.iter().map(|(key, value)| (key.to_string(), value.clone())));
 
     let mut file = Cursor::new(Vec::new());
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();

@@ -14,6 +14,7 @@ pub struct Tokenizer {
     /// Tokens that begin every prompt without a template.
     prefix: Vec<u32>,
     end_tokens: Vec<u32>,
+    token_bytes_max: usize,
 }
 
 impl Tokenizer {
@@ -34,12 +35,14 @@ impl Tokenizer {
             }
             ends.push(bytes.len() as u32);
         }
+        // a normalizer may shorten text, by a third at the most for NFC
+        let token_bytes_max = tokens.iter().map(|t| t.len()).max().unwrap_or(1) * 3;
         let id = |key: &str| gguf.number(key).filter(|id| *id < tokens.len()).map(|id| id as u32);
         let begin =
             id("tokenizer.ggml.bos_token_id").filter(|_| gguf.flag("tokenizer.ggml.add_bos_token").unwrap_or(false));
         let end_keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
         let end_tokens = end_keys.into_iter().filter_map(id).collect();
-        Ok(Self { inner, bytes, ends, prefix: begin.into_iter().collect(), end_tokens })
+        Ok(Self { inner, bytes, ends, prefix: begin.into_iter().collect(), end_tokens, token_bytes_max })
     }
 
     /// Tokens of a text. `bare` text gets the model's begin token, if it has one; a rendered chat template has written its own.
@@ -62,6 +65,11 @@ impl Tokenizer {
     /// Tokens that end an answer.
     pub fn end_tokens(&self) -> &[u32] {
         &self.end_tokens
+    }
+
+    /// Bytes of text that one token can stand for at the most, control tokens spelled out.
+    pub fn token_bytes_max(&self) -> usize {
+        self.token_bytes_max
     }
 
     /// Number of tokens.

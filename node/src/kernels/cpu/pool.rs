@@ -22,6 +22,7 @@ struct Shared {
     epoch: AtomicUsize,
     unfinished: AtomicUsize,
     stop: AtomicBool,
+    panicked: AtomicBool,
 }
 
 // SAFETY: `job` is written by the owner only while no worker runs, and read by workers only after they saw the epoch grow
@@ -44,6 +45,7 @@ impl Pool {
             epoch: AtomicUsize::new(0),
             unfinished: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
+            panicked: AtomicBool::new(false),
         });
         let spawn = |i: usize| {
             let shared = shared.clone();
@@ -83,6 +85,7 @@ impl Pool {
         let waiter = Waiter(&self.shared);
         job();
         drop(waiter);
+        assert!(!self.shared.panicked.swap(false, Relaxed), "a kernel panicked on another thread");
     }
 }
 
@@ -112,6 +115,10 @@ fn work(shared: &Shared) {
                 return;
             }
             spins += 1;
+            if spins % 2_000 == 0 {
+                // on a busy machine somebody else may need this core
+                std::thread::yield_now();
+            }
             if spins > SPINS {
                 std::thread::park();
                 spins = 0;
@@ -124,8 +131,8 @@ fn work(shared: &Shared) {
         // SAFETY: as above, the closure lives until `unfinished` is zero
         let job = unsafe { &*job };
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
-            // a kernel that panics has left half a result: nothing after it can be trusted
-            std::process::abort();
+            // the owner panics in its turn: half a result is no result
+            shared.panicked.store(true, Relaxed);
         }
         shared.unfinished.fetch_sub(1, Release);
     }
@@ -144,6 +151,22 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_on_any_thread_reaches_the_owner_and_the_pool_lives() {
+        let mut pool = Pool::new(2);
+        for _ in 0..20 {
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                pool.for_each(64, 1, |range| assert!(!range.contains(&40), "the fortieth item"));
+            }));
+            assert!(result.is_err());
+            let done = AtomicUsize::new(0);
+            pool.for_each(64, 1, |range| {
+                done.fetch_add(range.len(), Relaxed);
+            });
+            assert_eq!(done.load(Relaxed), 64);
+        }
+    }
 
     #[test]
     fn every_item_is_done_once_also_after_sleep() {

@@ -123,7 +123,8 @@ for_each_isa! {
                 tops[i] = if a > b { a } else { b };
             }
             let top = tops.iter().copied().fold(0.0, f32::max);
-            let inverse = if top > 0.0 { 127.0 / top } else { 0.0 };
+            // below this the inverse would be infinite, and the values are nothing beside any other
+            let inverse = if top > 1e-30 { 127.0 / top } else { 0.0 };
             let magic = 12_582_912.0f32;
             let mut total = 0i32;
             for i in 0..QUANT_BLOCK {
