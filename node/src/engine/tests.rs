@@ -90,3 +90,32 @@ fn over_the_queue_is_refused_whole_and_a_reader_that_leaves_makes_room() {
         std::thread::yield_now();
     }
 }
+
+/// A model that fails on one token, and otherwise likes token 1 best.
+struct Poisoned;
+
+impl Model for Poisoned {
+    fn forward(&mut self, batch: &crate::batch::Batch, _: &dyn Fn()) -> &[f32] {
+        assert!(!batch.tokens.contains(&63), "the poison");
+        &[0.0, 1.0][..2 * batch.samples.len()]
+    }
+
+    fn vocab(&self) -> usize {
+        2
+    }
+
+    fn device_class(&self) -> String {
+        "test".into()
+    }
+}
+
+#[test]
+fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
+    let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
+    let (engine, _) = Engine::start(Box::new(Poisoned), EngineConfig { limits, queue_max: 4, blocks: 16 });
+    let prompt = |token: u32| Generation { tokens: vec![token; 3], prompt_len: 3, ..generation(0, &[], 4) };
+    let running = engine.submit(vec![prompt(63), prompt(5)]).unwrap();
+    let answers: Vec<Vec<u32>> = running.into_iter().map(read).collect();
+    assert_eq!(answers, [vec![], vec![1; 4]]);
+    assert_eq!(engine.open(), 0);
+}

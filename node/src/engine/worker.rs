@@ -79,10 +79,9 @@ impl Worker {
 
     fn step(&mut self, plan: &Plan) {
         self.batch.fill(plan, &self.scheduler);
-        let stats = self.stats.clone();
+        let (stats, vocab) = (self.stats.clone(), self.model.vocab());
         let logits = self.model.forward(&self.batch, &|| stats.note_progress());
-        let vocab = logits.len() / self.batch.samples.len().max(1);
-        let draws = self.batch.samples.iter().zip(logits.chunks_exact(vocab.max(1)));
+        let draws = self.batch.samples.iter().zip(logits.chunks_exact(vocab));
         let tokens: Vec<(SeqId, u32)> = draws
             .map(|(id, logits)| {
                 let s = &self.sequences[id];
