@@ -2,7 +2,7 @@
 
 use crate::{
     kv::BLOCK_TOKENS,
-    sched::{Plan, Scheduler, SeqId},
+    sched::{Piece, Plan, Scheduler, SeqId, States, Terms},
 };
 
 /// Consecutive rows of one sequence.
@@ -18,10 +18,22 @@ pub struct Span {
     pub blocks_at: usize,
 }
 
+/// A row that someone asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ask {
+    /// Whose row.
+    pub seq: SeqId,
+    /// Its position in the sequence.
+    pub position: usize,
+    /// Whether it is the sequence's last, after which the next token is sampled.
+    pub is_last: bool,
+}
+
 /// `T` tokens of `B` sequences.
 ///
 /// # Shapes
-/// `tokens`, `positions`, `slots`: `[T]`; `spans`: `[B]`; `blocks`: all block tables, one after another; `logit_rows`, `samples`: `[S]`.
+/// `tokens`, `positions`, `slots`: `[T]`; `spans`: `[B]`; `blocks`: all block tables, one after another; `logit_rows`, `logit_asks`:
+/// `[S]`; `hidden_rows`, `hidden_asks`: `[P]`.
 #[derive(Debug, Default, Clone)]
 pub struct Batch {
     /// Token ids.
@@ -34,10 +46,14 @@ pub struct Batch {
     pub spans: Vec<Span>,
     /// Block tables.
     pub blocks: Vec<u32>,
-    /// Rows after which a token is sampled.
+    /// Rows whose logits are asked for.
     pub logit_rows: Vec<u32>,
-    /// Whose token that is.
-    pub samples: Vec<SeqId>,
+    /// Who asks for them.
+    pub logit_asks: Vec<Ask>,
+    /// Rows whose hidden states are asked for.
+    pub hidden_rows: Vec<u32>,
+    /// Who asks for them.
+    pub hidden_asks: Vec<Ask>,
 }
 
 impl Batch {
@@ -48,9 +64,23 @@ impl Batch {
             let sequence = scheduler.sequence(piece.seq).expect("a planned sequence runs");
             let blocks: Vec<u32> = sequence.blocks().iter().map(|b| b.0).collect();
             self.push(&sequence.tokens()[piece.start..piece.start + piece.len], piece.start, &blocks);
-            if piece.samples {
-                self.logit_rows.push(self.tokens.len() as u32 - 1);
-                self.samples.push(piece.seq);
+            self.ask(piece, sequence.terms());
+        }
+    }
+
+    /// Notes which rows of the piece just pushed are asked for.
+    fn ask(&mut self, piece: &Piece, Terms { all_logits, states }: Terms) {
+        let first_row = self.tokens.len() - piece.len;
+        for i in 0..piece.len {
+            let (row, is_last) = ((first_row + i) as u32, piece.samples && i + 1 == piece.len);
+            let ask = Ask { seq: piece.seq, position: piece.start + i, is_last };
+            if is_last || all_logits {
+                self.logit_rows.push(row);
+                self.logit_asks.push(ask);
+            }
+            if states == States::All || (is_last && states == States::Last) {
+                self.hidden_rows.push(row);
+                self.hidden_asks.push(ask);
             }
         }
     }
@@ -75,6 +105,8 @@ impl Batch {
         self.spans.clear();
         self.blocks.clear();
         self.logit_rows.clear();
-        self.samples.clear();
+        self.logit_asks.clear();
+        self.hidden_rows.clear();
+        self.hidden_asks.clear();
     }
 }

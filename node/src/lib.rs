@@ -1,7 +1,7 @@
 //! The inference server: one process, one model, an OpenAI API over continuous batching.
 //!
 //! The modules stand in the order of a request's life: [`http`] reads it, [`text`] turns words to tokens, the [`engine`] thread plans
-//! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s, and
+//! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s within a [`guide`], and
 //! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run()`] keeps the
 //! process's own life from loading to the last handed-over stream, [`weights`] reads model files, and [`models`] keeps them.
 
@@ -16,6 +16,7 @@ pub mod batch;
 pub mod model;
 pub mod kernels;
 pub mod sample;
+pub mod guide;
 pub mod stop;
 pub mod output;
 pub mod record;

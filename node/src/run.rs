@@ -21,6 +21,7 @@ use tracing::{info, warn};
 use crate::{
     config::NodeConfig,
     engine::{Engine, EngineConfig},
+    guide::Guides,
     http::{App, Loaded, router},
     kernels::{Backend, cpu::Cpu},
     kv::BLOCK_TOKENS,
@@ -148,7 +149,7 @@ async fn load(app: Arc<App>) -> Result<JoinHandle<()>, RunError> {
 fn load_now(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), RunError> {
     let path = Store::open(&config.data_dir).locate(&config.model)?;
     let gguf = Gguf::open(&path)?;
-    let tokenizer = Tokenizer::from_gguf(&gguf)?;
+    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
     let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
     let shape = Shape::read(&gguf, model::architecture(&gguf)?)?;
     let capacity = capacity::<Cpu>(config, &shape)?;
@@ -160,8 +161,8 @@ fn load_now(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), RunError> {
     let (engine, thread) =
         Engine::start(model, EngineConfig { limits, queue_max: config.engine.queue_max, blocks: capacity.blocks });
     let end_tokens = tokenizer.end_tokens().into();
-    let loaded =
-        Loaded { engine, tokenizer: Arc::new(tokenizer), template, context: capacity.context, device, end_tokens };
+    let guides = Guides::new(tokenizer.clone());
+    let loaded = Loaded { engine, tokenizer, guides, template, context: capacity.context, device, end_tokens };
     Ok((loaded, thread))
 }
 

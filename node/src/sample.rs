@@ -1,10 +1,10 @@
 //! From logits to a token. Pure: the randomness is a function of (seed, choice, position), so a sequence that is preempted, resumed on
 //! another node or batched with others draws the same numbers.
 
-use std::cmp::Ordering;
+use std::{cmp::Ordering, collections::HashMap, sync::Arc};
 
 /// How the next token is chosen.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// 0 takes the likeliest token.
     pub temperature: f32,
@@ -16,6 +16,42 @@ pub struct Sampling {
     pub min_p: f32,
     /// Seed of the randomness.
     pub seed: u64,
+    /// What tokens lose by having been said.
+    pub penalties: Penalties,
+    /// Added to the logits of single tokens, before anything else.
+    pub bias: Arc<[(u32, f32)]>,
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub fn greedy(seed: u64) -> Self {
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed,
+            penalties: Penalties::default(),
+            bias: Arc::default(),
+        }
+    }
+}
+
+/// What a token loses by having been said before. The first two count the answer's tokens, the third the prompt's too, as in vLLM.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Penalties {
+    /// Taken from the logit of a token that has been said; 0 for none.
+    pub presence: f32,
+    /// Taken for each time it has been said; 0 for none.
+    pub frequency: f32,
+    /// Positive logits are divided by it and negative ones multiplied; 1 for none (Keskar et al. 2019, arXiv:1909.05858).
+    pub repetition: f32,
+}
+
+impl Default for Penalties {
+    fn default() -> Self {
+        Self { presence: 0.0, frequency: 0.0, repetition: 1.0 }
+    }
 }
 
 /// Which draw of a request this is.
@@ -47,6 +83,78 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
 fn uniform(seed: u64, draw: Draw) -> f32 {
     let [bits, ..] = philox([draw.position, draw.choice, 0, 0], [seed as u32, (seed >> 32) as u32]);
     (bits >> 8) as f32 / (1u32 << 24) as f32
+}
+
+/// Which tokens have been said, and how often in the answer; kept only for sequences whose sampling asks.
+#[derive(Debug, Default, Clone)]
+pub struct Said {
+    /// Times in the answer; zero for tokens that only the prompt has.
+    times: HashMap<u32, u32>,
+}
+
+impl Said {
+    /// What a sequence has said, when its sampling needs to know.
+    pub fn of(sampling: &Sampling, prompt: &[u32], answer: &[u32]) -> Option<Self> {
+        if sampling.penalties == Penalties::default() {
+            return None;
+        }
+        let mut said = Self { times: prompt.iter().map(|token| (*token, 0)).collect() };
+        answer.iter().for_each(|token| said.push(*token));
+        Some(said)
+    }
+
+    /// The answer's next token.
+    pub fn push(&mut self, token: u32) {
+        *self.times.entry(token).or_default() += 1;
+    }
+}
+
+/// Moves the logits by bias and penalties, `logits[V]`. Each token's change depends on that token alone.
+pub fn adjust(logits: &mut [f32], sampling: &Sampling, said: Option<&Said>) {
+    for (token, bias) in &*sampling.bias {
+        logits[*token as usize] += bias;
+    }
+    let Some(said) = said else { return };
+    let Penalties { presence, frequency, repetition } = sampling.penalties;
+    for (token, times) in &said.times {
+        let logit = &mut logits[*token as usize];
+        *logit = if *logit > 0.0 { *logit / repetition } else { *logit * repetition };
+        if *times > 0 {
+            *logit -= presence + frequency * *times as f32;
+        }
+    }
+}
+
+/// Natural logarithms of probabilities, before bias, penalties and temperature.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logprobs {
+    /// Of the token that was chosen or given.
+    pub chosen: f32,
+    /// The likeliest tokens, likelier first.
+    pub top: Vec<(u32, f32)>,
+}
+
+impl Logprobs {
+    /// Of `token` and of the `top` likeliest, `logits[V]`.
+    pub fn of(logits: &[f32], token: u32, top: usize, scratch: &mut Vec<(f32, u32)>) -> Self {
+        let total = log_sum_exp(logits);
+        scratch.clear();
+        if top > 0 {
+            scratch.extend(logits.iter().zip(0u32..).map(|(logit, id)| (*logit, id)));
+            let top = top.min(scratch.len());
+            scratch.select_nth_unstable_by(top - 1, order);
+            scratch.truncate(top);
+            scratch.sort_unstable_by(order);
+        }
+        let top = scratch.iter().map(|(logit, id)| (*id, logit - total)).collect();
+        Self { chosen: logits[token as usize] - total, top }
+    }
+}
+
+fn log_sum_exp(logits: &[f32]) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
+    max + sum.ln() as f32
 }
 
 /// Chooses the next token. `scratch` keeps its memory from call to call.
@@ -123,7 +231,9 @@ mod tests {
 
     use super::*;
 
-    const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 7 };
+    fn plain() -> Sampling {
+        Sampling { temperature: 1.0, ..Sampling::greedy(7) }
+    }
 
     fn draw(logits: &[f32], sampling: &Sampling, position: u32) -> u32 {
         sample(logits, sampling, Draw { choice: 0, position }, &mut Vec::new())
@@ -140,7 +250,7 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_of_the_greatest_and_never_a_nan() {
-        let greedy = Sampling { temperature: 0.0, ..PLAIN };
+        let greedy = Sampling::greedy(7);
         assert_eq!(draw(&[0.0, 3.0, f32::NAN, 3.0], &greedy, 0), 1);
         assert_eq!(draw(&[f32::NAN, f32::NAN], &greedy, 0), 0);
     }
@@ -149,7 +259,7 @@ mod tests {
     fn shares_follow_the_probabilities() {
         let logits = [0.1f32.ln(), 0.2f32.ln(), 0.7f32.ln()];
         let mut counts = [0u32; 3];
-        (0..20_000).for_each(|i| counts[draw(&logits, &PLAIN, i) as usize] += 1);
+        (0..20_000).for_each(|i| counts[draw(&logits, &plain(), i) as usize] += 1);
         for (count, share) in counts.iter().zip([0.1, 0.2, 0.7]) {
             assert!((f64::from(*count) / 20_000.0 - share).abs() < 0.012, "{counts:?}");
         }
@@ -160,11 +270,36 @@ mod tests {
         let logits = [0.5f32.ln(), 0.3f32.ln(), 0.15f32.ln(), 0.05f32.ln()];
         let seen =
             |s: Sampling| (0..500).map(|i| draw(&logits, &s, i)).collect::<std::collections::BTreeSet<u32>>().len();
-        assert_eq!(seen(PLAIN), 4);
-        assert_eq!(seen(Sampling { top_k: 2, ..PLAIN }), 2);
-        assert_eq!(seen(Sampling { top_p: 0.79, ..PLAIN }), 2);
-        assert_eq!(seen(Sampling { min_p: 0.2, ..PLAIN }), 3);
-        assert_eq!(seen(Sampling { top_p: 0.0, ..PLAIN }), 1);
+        assert_eq!(seen(plain()), 4);
+        assert_eq!(seen(Sampling { top_k: 2, ..plain() }), 2);
+        assert_eq!(seen(Sampling { top_p: 0.79, ..plain() }), 2);
+        assert_eq!(seen(Sampling { min_p: 0.2, ..plain() }), 3);
+        assert_eq!(seen(Sampling { top_p: 0.0, ..plain() }), 1);
+    }
+
+    #[test]
+    fn bias_and_penalties_move_the_tokens_they_name() {
+        let sampling = Sampling {
+            bias: [(3, -100.0)].into(),
+            penalties: Penalties { presence: 0.5, frequency: 0.25, repetition: 2.0 },
+            ..plain()
+        };
+        let mut logits = [4.0, -4.0, 4.0, 4.0, 1.0];
+        // 0 and 1 stand in the prompt, 1 and 2 in the answer, 2 twice
+        let said = Said::of(&sampling, &[0, 1], &[1, 2, 2]).unwrap();
+        adjust(&mut logits, &sampling, Some(&said));
+        assert_eq!(logits, [2.0, -8.75, 1.0, -96.0, 1.0]);
+        assert!(Said::of(&plain(), &[0], &[1]).is_none());
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_softmax_likelier_first() {
+        let logits = [0.1f32.ln() + 3.0, 0.6f32.ln() + 3.0, 0.3f32.ln() + 3.0];
+        let found = Logprobs::of(&logits, 0, 2, &mut Vec::new());
+        assert!((found.chosen - 0.1f32.ln()).abs() < 1e-6);
+        assert_eq!(found.top.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [1, 2]);
+        assert!((found.top[0].1 - 0.6f32.ln()).abs() < 1e-6);
+        assert_eq!(Logprobs::of(&logits, 1, 0, &mut Vec::new()).top, []);
     }
 
     proptest! {
@@ -174,7 +309,7 @@ mod tests {
             logits in prop::collection::vec(-1e30f32..1e30, 1..80),
             temperature in 0f32..5.0, top_p in 0f32..=1.0, top_k in 0usize..90, min_p in 0f32..=1.0, seed: u64, position: u32,
         ) {
-            let sampling = Sampling { temperature, top_p, top_k, min_p, seed };
+            let sampling = Sampling { temperature, top_p, top_k, min_p, ..Sampling::greedy(seed) };
             let token = draw(&logits, &sampling, position);
             prop_assert!((token as usize) < logits.len());
             prop_assert_eq!(token, draw(&logits, &sampling, position));

@@ -21,10 +21,35 @@ pub struct Limits {
     pub batch_tokens_max: usize,
 }
 
+/// What a sequence asks of the steps that compute it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Logits after every token of the prompt, not only the last: no prefix cache, and small pieces.
+    pub all_logits: bool,
+    /// Which hidden states.
+    pub states: States,
+}
+
+/// Which hidden states a sequence asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum States {
+    /// None.
+    #[default]
+    None,
+    /// After its last token.
+    Last,
+    /// After each: no prefix cache.
+    All,
+}
+
+/// Most rows of a sequence that asks for all logits in one step: they take `V` numbers each.
+const LOGIT_ROWS_MAX: usize = 32;
+
 /// A sequence's tokens, and how far their keys and values are computed.
 #[derive(Debug)]
 pub struct Sequence {
     id: SeqId,
+    terms: Terms,
     tokens: Vec<u32>,
     /// Tokens whose keys and values stand in the blocks.
     computed: usize,
@@ -36,6 +61,16 @@ pub struct Sequence {
 impl Sequence {
     fn pending(&self) -> usize {
         self.tokens.len() - self.computed
+    }
+
+    /// What it asks for.
+    pub fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    /// Most of its tokens in one step.
+    fn piece_max(&self) -> usize {
+        if self.terms.all_logits { LOGIT_ROWS_MAX } else { usize::MAX }
     }
 
     /// All tokens, prompt first.
@@ -98,9 +133,9 @@ impl Scheduler {
 
     /// Adds a sequence at the end of the queue. `tokens` must not be empty, and the caller has checked that the whole sequence fits
     /// into the pool alone.
-    pub fn add(&mut self, id: SeqId, tokens: Vec<u32>) {
+    pub fn add(&mut self, id: SeqId, tokens: Vec<u32>, terms: Terms) {
         debug_assert!(!tokens.is_empty(), "an empty sequence has nothing to compute");
-        self.waiting.push_back(Sequence { id, tokens, computed: 0, blocks: Vec::new(), sealed: Vec::new() });
+        self.waiting.push_back(Sequence { id, terms, tokens, computed: 0, blocks: Vec::new(), sealed: Vec::new() });
     }
 
     /// Takes a sequence out, running or waiting; its blocks are free at once.
@@ -142,7 +177,7 @@ impl Scheduler {
         for id in self.in_order_of_service() {
             // an earlier turn of this loop may have preempted it
             let Some(i) = self.running.iter().position(|s| s.id == id) else { continue };
-            let len = self.running[i].pending().min(budget);
+            let len = self.running[i].pending().min(budget).min(self.running[i].piece_max());
             if len > 0 && self.make_room(i, len, &mut plan, &mut budget) {
                 budget -= len;
                 self.schedule(id, len, &mut plan);
@@ -223,7 +258,7 @@ impl Scheduler {
                 return;
             }
             plan.tokens_cached += sequence.computed;
-            let len = sequence.pending().min(budget);
+            let len = sequence.pending().min(budget).min(sequence.piece_max());
             for _ in sequence.blocks.len()..blocks_for(sequence.computed + len) {
                 sequence.blocks.push(self.kv.allocate().expect("availability was checked"));
             }
@@ -236,6 +271,9 @@ impl Scheduler {
 
     /// At least one token stays to be computed: its logits are what comes next.
     fn take_cached_prefix(&mut self, sequence: &mut Sequence) {
+        if sequence.terms.all_logits || sequence.terms.states == States::All {
+            return;
+        }
         let whole_blocks = (sequence.tokens.len() - 1) / BLOCK_TOKENS;
         let found = self.kv.take_prefix(&sequence.tokens, whole_blocks);
         (sequence.blocks, sequence.sealed) = found.into_iter().unzip();
@@ -294,9 +332,9 @@ mod tests {
     #[test]
     fn decoding_goes_first_and_a_long_prompt_comes_in_pieces() {
         let mut s = scheduler(8, 32, 64);
-        s.add(SeqId(1), vec![7; 5]);
+        s.add(SeqId(1), vec![7; 5], Terms::default());
         assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 5)]);
-        s.add(SeqId(2), (0..70).collect());
+        s.add(SeqId(2), (0..70).collect(), Terms::default());
         assert_eq!(shape(&step(&mut s, 9)), [(1, 5, 1), (2, 0, 31)]);
         assert_eq!(shape(&step(&mut s, 9)), [(1, 6, 1), (2, 31, 31)]);
         let last = step(&mut s, 9);
@@ -307,9 +345,9 @@ mod tests {
     #[test]
     fn a_known_prefix_is_not_computed_again_but_its_last_token_is() {
         let mut s = scheduler(8, 512, 64);
-        s.add(SeqId(1), (0..32).collect());
+        s.add(SeqId(1), (0..32).collect(), Terms::default());
         step(&mut s, 9);
-        s.add(SeqId(2), (0..32).collect());
+        s.add(SeqId(2), (0..32).collect(), Terms::default());
         let plan = step(&mut s, 9);
         assert_eq!(shape(&plan), [(1, 32, 1), (2, 16, 16)]);
         assert_eq!(plan.tokens_cached, 16);
@@ -318,8 +356,8 @@ mod tests {
     #[test]
     fn when_blocks_run_out_the_youngest_is_put_back_and_comes_again() {
         let mut s = scheduler(8, 512, 4);
-        s.add(SeqId(1), vec![1; 30]);
-        s.add(SeqId(2), vec![2; 14]);
+        s.add(SeqId(1), vec![1; 30], Terms::default());
+        s.add(SeqId(2), vec![2; 14], Terms::default());
         step(&mut s, 9);
         let mut preempted = Vec::new();
         for _ in 0..20 {
@@ -336,8 +374,8 @@ mod tests {
     #[test]
     fn removing_frees_blocks_at_once_and_knows_who_was_there() {
         let mut s = scheduler(1, 512, 8);
-        s.add(SeqId(1), vec![1; 20]);
-        s.add(SeqId(2), vec![1; 20]);
+        s.add(SeqId(1), vec![1; 20], Terms::default());
+        s.add(SeqId(2), vec![1; 20], Terms::default());
         step(&mut s, 9);
         assert!(s.remove(SeqId(2)) && s.remove(SeqId(1)) && !s.remove(SeqId(1)));
         assert_eq!(s.kv().available(), 8);

@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidegate_node::{
     kv::{BLOCK_TOKENS, Counts},
-    sched::{Limits, Plan, Scheduler, SeqId},
+    sched::{Limits, Plan, Scheduler, SeqId, Terms},
 };
 
 /// Requests of all worlds together.
@@ -110,7 +110,7 @@ impl World {
         for step in 0..STEPS_MAX {
             while arrived < self.requests.len() && self.requests[arrived].arrives <= step {
                 let id = SeqId(arrived as u64);
-                self.scheduler.add(id, self.requests[arrived].prompt.clone());
+                self.scheduler.add(id, self.requests[arrived].prompt.clone(), Terms::default());
                 self.answers.insert(id, Vec::new());
                 open.insert(id);
                 arrived += 1;

@@ -1,6 +1,7 @@
 //! The engine: one thread that owns the device, the scheduler and the KV pool, and a handle by which the async side talks to it.
 //! There is no lock between them: requests go in by a channel, tokens come out by one channel for each choice.
 
+mod extras;
 mod stats;
 mod worker;
 
@@ -12,11 +13,12 @@ use std::{
     thread::JoinHandle,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc as events};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc as events, oneshot};
 
 use crate::{
+    guide::Guide,
     model::Model,
-    sample::Sampling,
+    sample::{Logprobs, Sampling},
     sched::Limits,
     stop::{Finish, StopRule},
 };
@@ -24,10 +26,12 @@ use crate::{
 pub use stats::Stats;
 
 /// One token of one choice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Event {
     /// The token.
     pub token: u32,
+    /// How likely it was, when the generation asked.
+    pub logprobs: Option<Box<Logprobs>>,
     /// Why the choice ended with it, if it did.
     pub finish: Option<Finish>,
 }
@@ -43,8 +47,32 @@ pub struct Generation {
     pub choice: u32,
     /// How to choose tokens.
     pub sampling: Sampling,
-    /// When to end.
+    /// When to end. With `tokens_max` 0 nothing is generated: the channel closes once the prompt is computed.
     pub stop: StopRule,
+    /// Which tokens may come at all.
+    pub guide: Option<Guide>,
+    /// Asks for the log-probability of each token, and of so many of the likeliest.
+    pub logprobs: Option<usize>,
+    /// Asks for more than tokens.
+    pub wants: Wants,
+}
+
+/// What a generation asks for beside its tokens; each is computed once the whole prompt is.
+#[derive(Debug, Default)]
+pub struct Wants {
+    /// The log-probabilities of the prompt's tokens after the first, and so many of the likeliest of each.
+    pub prompt_logprobs: Option<(usize, oneshot::Sender<Vec<Logprobs>>)>,
+    /// One vector for the prompt.
+    pub embedding: Option<(Pooling, oneshot::Sender<Vec<f32>>)>,
+}
+
+/// How the hidden states of a prompt's tokens become one vector, `[E]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// Their mean.
+    Mean,
+    /// The last one.
+    Last,
 }
 
 /// Tokens of a running choice. Dropping it ends the choice, and frees its blocks within one step.

@@ -5,7 +5,7 @@ use candle_core::quantized::GgmlDType;
 use super::*;
 use crate::{
     kernels::cpu::Cpu,
-    model::{self, Capacity, tiny},
+    model::{self, Capacity, Output, tiny},
 };
 
 const LIMITS: Limits = Limits { batch_size_max: 8, batch_tokens_max: 24 };
@@ -23,8 +23,11 @@ fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
         prompt_len: prompt.len(),
         tokens: [prompt.as_slice(), had].concat(),
         choice: i % 3,
-        sampling: Sampling { temperature, top_p: 0.95, top_k: 0, min_p: 0.0, seed: 42 + u64::from(i) },
+        sampling: Sampling { temperature, top_p: 0.95, ..Sampling::greedy(42 + u64::from(i)) },
         stop: StopRule { end_tokens: [].into(), tokens_max },
+        guide: None,
+        logprobs: None,
+        wants: Wants::default(),
     }
 }
 
@@ -95,13 +98,17 @@ fn over_the_queue_is_refused_whole_and_a_reader_that_leaves_makes_room() {
 struct Poisoned;
 
 impl Model for Poisoned {
-    fn forward(&mut self, batch: &crate::batch::Batch, _: &dyn Fn()) -> &[f32] {
+    fn forward(&mut self, batch: &crate::batch::Batch, _: &dyn Fn()) -> Output<'_> {
         assert!(!batch.tokens.contains(&63), "the poison");
-        &[0.0, 1.0][..2 * batch.samples.len()]
+        Output { logits: &[0.0, 1.0][..2 * batch.logit_rows.len()], hidden: &[] }
     }
 
     fn vocab(&self) -> usize {
         2
+    }
+
+    fn width(&self) -> usize {
+        1
     }
 
     fn device_class(&self) -> String {

@@ -11,25 +11,87 @@ use std::{
 };
 
 use tokio::sync::mpsc as events;
-use tracing::error;
+use tracing::{error, warn};
 
-use super::{EngineConfig, Event, Start, Stats};
+use super::{EngineConfig, Event, Generation, Start, Stats, extras::Extras};
 use crate::{
     batch::Batch,
+    guide::Guide,
     model::Model,
-    sample::{self, Draw, Sampling},
+    sample::{self, Draw, Logprobs, Said, Sampling},
     sched::{Plan, Scheduler, SeqId},
-    stop::StopRule,
+    stop::{Finish, StopRule},
 };
 
 /// What the engine knows of a sequence beside its tokens, which the scheduler keeps.
 struct Running {
-    prompt_len: usize,
+    prompt: Arc<[u32]>,
     choice: u32,
     sampling: Sampling,
+    said: Option<Said>,
+    guide: Option<Guide>,
     stop: StopRule,
+    logprobs: Option<usize>,
+    extras: Extras,
     events: events::Sender<Event>,
     generated: usize,
+}
+
+impl Running {
+    fn new(generation: Generation, events: events::Sender<Event>) -> Self {
+        let (prompt, had) = generation.tokens.split_at(generation.prompt_len);
+        let mut guide = generation.guide;
+        if let Some(guide) = &mut guide {
+            had.iter().for_each(|token| guide.accept(*token));
+        }
+        Self {
+            said: Said::of(&generation.sampling, prompt, had),
+            prompt: prompt.into(),
+            choice: generation.choice,
+            sampling: generation.sampling,
+            guide,
+            stop: generation.stop,
+            logprobs: generation.logprobs,
+            extras: Extras::new(generation.wants),
+            events,
+            generated: had.len(),
+        }
+    }
+
+    /// The next token, chosen from `logits[V]`; none when no more are asked for.
+    fn next(&mut self, logits: &[f32], moved: &mut Vec<f32>, candidates: &mut Vec<(f32, u32)>) -> Option<Event> {
+        if self.generated >= self.stop.tokens_max {
+            return None;
+        }
+        let draw = Draw { choice: self.choice, position: self.generated as u32 };
+        let (token, is_stuck) = match self.moves_logits() {
+            false => (sample::sample(logits, &self.sampling, draw, candidates), false),
+            true => {
+                moved.clear();
+                moved.extend_from_slice(logits);
+                sample::adjust(moved, &self.sampling, self.said.as_ref());
+                let masked = self.guide.as_mut().map_or(Ok(()), |guide| guide.mask(moved));
+                if let Err(error) = &masked {
+                    warn!(%error, "a grammar cannot go on; its answer ends here");
+                }
+                (sample::sample(moved, &self.sampling, draw, candidates), masked.is_err())
+            }
+        };
+        self.generated += 1;
+        let stuck = is_stuck.then_some(Finish::Length);
+        if let Some(said) = &mut self.said {
+            said.push(token);
+        }
+        if let Some(guide) = &mut self.guide {
+            guide.accept(token);
+        }
+        let logprobs = self.logprobs.map(|top| Box::new(Logprobs::of(logits, token, top, candidates)));
+        Some(Event { token, logprobs, finish: stuck.or_else(|| self.stop.after(token, self.generated)) })
+    }
+
+    fn moves_logits(&self) -> bool {
+        self.said.is_some() || self.guide.is_some() || !self.sampling.bias.is_empty()
+    }
 }
 
 pub(super) struct Worker {
@@ -40,7 +102,9 @@ pub(super) struct Worker {
     starts: Receiver<Start>,
     stats: Arc<Stats>,
     next_id: u64,
-    scratch: Vec<(f32, u32)>,
+    candidates: Vec<(f32, u32)>,
+    /// One row of logits, moved by bias, penalties and grammar.
+    moved: Vec<f32>,
 }
 
 impl Worker {
@@ -53,7 +117,8 @@ impl Worker {
             starts,
             stats,
             next_id: 0,
-            scratch: Vec::new(),
+            candidates: Vec::new(),
+            moved: Vec::new(),
         }
     }
 
@@ -79,34 +144,44 @@ impl Worker {
 
     fn step(&mut self, plan: &Plan) {
         self.batch.fill(plan, &self.scheduler);
-        let (stats, vocab) = (self.stats.clone(), self.model.vocab());
-        let logits = self.model.forward(&self.batch, &|| stats.note_progress());
-        let draws = self.batch.samples.iter().zip(logits.chunks_exact(vocab));
-        let tokens: Vec<(SeqId, u32)> = draws
-            .map(|(id, logits)| {
-                let s = &self.sequences[id];
-                let draw = Draw { choice: s.choice, position: s.generated as u32 };
-                (*id, sample::sample(logits, &s.sampling, draw, &mut self.scratch))
-            })
-            .collect();
-        self.commit(plan, &tokens);
+        let (stats, vocab, width) = (self.stats.clone(), self.model.vocab(), self.model.width());
+        let output = self.model.forward(&self.batch, &|| stats.note_progress());
+        for (ask, state) in self.batch.hidden_asks.iter().zip(output.hidden.chunks_exact(width)) {
+            let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
+            s.extras.take_state(ask, state);
+        }
+        let mut tokens = Vec::with_capacity(plan.pieces.len());
+        for (ask, logits) in self.batch.logit_asks.iter().zip(output.logits.chunks_exact(vocab)) {
+            let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
+            s.extras.take_logits(ask, logits, &s.prompt, &mut self.candidates);
+            if ask.is_last {
+                tokens.push((ask.seq, s.next(logits, &mut self.moved, &mut self.candidates)));
+            }
+        }
+        self.commit(plan, tokens);
         self.stats.steps.fetch_add(1, Relaxed);
     }
 
-    fn commit(&mut self, plan: &Plan, tokens: &[(SeqId, u32)]) {
+    fn commit(&mut self, plan: &Plan, tokens: Vec<(SeqId, Option<Event>)>) {
         self.scheduler.advance(plan);
-        for (id, token) in tokens {
-            let s = self.sequences.get_mut(id).expect("a sampled sequence is known");
-            s.generated += 1;
-            let finish = s.stop.after(*token, s.generated);
+        let mut generated = 0;
+        for (id, event) in tokens {
+            let s = self.sequences.get_mut(&id).expect("a sampled sequence is known");
+            // none when only the prompt was asked for
+            let Some(event) = event else {
+                self.remove(id);
+                continue;
+            };
+            generated += 1;
+            let (token, finish) = (event.token, event.finish);
             // an error means that the reader is gone, which the next step sees
-            let _ = s.events.try_send(Event { token: *token, finish });
+            let _ = s.events.try_send(event);
             match finish {
-                Some(_) => self.remove(*id),
-                None => self.scheduler.push(*id, *token),
+                Some(_) => self.remove(id),
+                None => self.scheduler.push(id, token),
             }
         }
-        self.stats.generated_tokens.fetch_add(tokens.len() as u64, Relaxed);
+        self.stats.generated_tokens.fetch_add(generated, Relaxed);
         debug_assert!(self.scheduler.kv().is_balanced(), "free + referenced + cached = all");
     }
 
@@ -135,18 +210,11 @@ impl Worker {
         }
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        let generated = generation.tokens.len() - generation.prompt_len;
-        let running = Running {
-            prompt_len: generation.prompt_len,
-            choice: generation.choice,
-            sampling: generation.sampling,
-            stop: generation.stop,
-            events,
-            generated,
-        };
-        self.stats.prompt_tokens.fetch_add(running.prompt_len as u64, Relaxed);
+        let tokens = generation.tokens.clone();
+        let running = Running::new(generation, events);
+        self.stats.prompt_tokens.fetch_add(running.prompt.len() as u64, Relaxed);
+        self.scheduler.add(id, tokens, running.extras.terms());
         self.sequences.insert(id, running);
-        self.scheduler.add(id, generation.tokens);
     }
 
     /// Frees the blocks of sequences whose readers are gone.

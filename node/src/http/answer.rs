@@ -282,6 +282,7 @@ impl Answer {
 
     fn write_token(&mut self, choice: u32, event: Event, out: &mut Vec<u8>) {
         let offset = self.texts[choice as usize].tokens();
+        let token = event.token;
         self.accept(choice, event);
         let text = &mut self.texts[choice as usize];
         let finish = text.finish();
@@ -289,7 +290,7 @@ impl Answer {
         let fresh = text.take();
         let data = (self.stream && (opens || finish.is_some() || !fresh.is_empty()))
             .then(|| self.head.piece(choice, fresh, opens, finish));
-        let id = EventId::Tokens { choice, offset, tokens: vec![event.token] };
+        let id = EventId::Tokens { choice, offset, tokens: vec![token] };
         self.write_event(Some(id), data.as_ref(), out);
     }
 

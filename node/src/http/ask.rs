@@ -2,12 +2,19 @@
 //!
 //! Unknown fields pass, wrong types do not. A field that would change the answer and is not supported is refused, never ignored.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, ErrorKind, Resume};
 
 use super::{Api, App, Loaded};
-use crate::{engine::Generation, sample::Sampling, stop::StopRule, text::Message};
+use crate::{
+    engine::{Generation, Wants},
+    sample::{Penalties, Sampling},
+    stop::StopRule,
+    text::Message,
+};
 
 /// Most stop strings of a request.
 const STOPS_MAX: usize = 16;
@@ -159,7 +166,16 @@ impl Body {
             let tokens_max = self.tokens_max(prompt.len(), app, loaded)?;
             let stop = StopRule { end_tokens: end_tokens.clone(), tokens_max };
             choices.push((
-                Generation { tokens: prompt.clone(), prompt_len: prompt.len(), choice: i as u32, sampling, stop },
+                Generation {
+                    tokens: prompt.clone(),
+                    prompt_len: prompt.len(),
+                    choice: i as u32,
+                    sampling: sampling.clone(),
+                    stop,
+                    guide: None,
+                    logprobs: None,
+                    wants: Wants::default(),
+                },
                 had,
             ));
         }
@@ -177,6 +193,8 @@ impl Body {
             top_k: in_range("top_k", self.top_k, -1..=1_000_000, 0)?.max(0) as usize,
             min_p: real_in_range("min_p", self.min_p, 0.0..=1.0)?.unwrap_or(0.0),
             seed: self.seed.map_or(seed, i64::cast_unsigned),
+            penalties: Penalties::default(),
+            bias: Arc::default(),
         })
     }
 

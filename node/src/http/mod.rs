@@ -25,7 +25,7 @@ use tidegate_common::{
     shutdown::Shutdown,
 };
 
-use crate::{config::NodeConfig, engine::Engine, record::Metrics, text};
+use crate::{config::NodeConfig, engine::Engine, guide::Guides, record::Metrics, text};
 use api::Api;
 use reply::Reply;
 
@@ -35,6 +35,8 @@ pub struct Loaded {
     pub engine: Engine,
     /// Words to tokens and back.
     pub tokenizer: Arc<text::Tokenizer>,
+    /// Grammars that answers can be held to.
+    pub guides: Guides,
     /// Conversations to prompts.
     pub template: text::ChatTemplate,
     /// Most tokens of prompt and answer.

@@ -143,6 +143,9 @@ pub trait Backend: Send {
     /// `logits[S, V] = norm(x[rows]) @ W^T`
     fn head(&mut self, x: &Self::Rows, rows: &[u32], norm: &Norm, w: &Self::Matrix, logits: &mut Self::Rows);
 
+    /// `out[P, E] = norm(x[rows])`
+    fn normed(&mut self, x: &Self::Rows, rows: &[u32], norm: &Norm, out: &mut Self::Rows);
+
     /// The values on the host, `[rows, width]`.
     fn read<'a>(&self, rows: &'a Self::Rows) -> &'a [f32];
 }

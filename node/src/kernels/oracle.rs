@@ -38,7 +38,7 @@ fn logits(model: &mut dyn Model, tokens: &[u32], cuts: &[usize], beside: &[u32])
         }
         batch.push(&tokens[start..end], start, &mine);
         batch.logit_rows.push(batch.tokens.len() as u32 - 1);
-        let all = model.forward(&batch, &|| {});
+        let all = model.forward(&batch, &|| {}).logits;
         last = all[all.len() - tiny::VOCAB..].to_vec();
         start = end;
     }

@@ -148,6 +148,11 @@ impl Backend for Reference {
             .collect();
     }
 
+    fn normed(&mut self, x: &Rows, rows: &[u32], gains: &Norm, out: &mut Rows) {
+        let row = |row: &u32| norm(&x.values[*row as usize * x.width..][..x.width], gains);
+        out.values = rows.iter().flat_map(row).collect();
+    }
+
     fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {
         &rows.values
     }

@@ -7,7 +7,7 @@ use crate::{
     weights::{Gguf, LoadError, Weight},
 };
 
-use super::{Capacity, Model, Shape};
+use super::{Capacity, Model, Output, Shape};
 
 /// Weights, cache and activations on one backend.
 pub struct Llama<B: Backend> {
@@ -20,6 +20,7 @@ pub struct Llama<B: Backend> {
     rope: Rope,
     cache: B::Cache,
     vocab: usize,
+    width: usize,
     /// `[T, E]`
     residual: B::Rows,
     /// `[T, (H + 2K) * D]`
@@ -30,6 +31,8 @@ pub struct Llama<B: Backend> {
     gate_up: B::Rows,
     /// `[S, V]`
     logits: B::Rows,
+    /// `[P, E]`
+    hidden: B::Rows,
 }
 
 struct Layer<B: Backend> {
@@ -67,6 +70,8 @@ impl<B: Backend> Llama<B> {
             mixed: backend.rows(rows, shape.heads.query_width()),
             gate_up: backend.rows(rows, 2 * shape.gate_width),
             logits: backend.rows(0, shape.vocab),
+            hidden: backend.rows(0, shape.width),
+            width: shape.width,
             backend,
         })
     }
@@ -115,7 +120,7 @@ impl Source<'_> {
 }
 
 impl<B: Backend> Model for Llama<B> {
-    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> &[f32] {
+    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> Output<'_> {
         let b = &mut self.backend;
         b.embed(&self.embedding, &batch.tokens, &mut self.residual);
         for (i, layer) in self.layers.iter().enumerate() {
@@ -129,11 +134,16 @@ impl<B: Backend> Model for Llama<B> {
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         b.head(&self.residual, &batch.logit_rows, &self.norm, head, &mut self.logits);
-        b.read(&self.logits)
+        b.normed(&self.residual, &batch.hidden_rows, &self.norm, &mut self.hidden);
+        Output { logits: b.read(&self.logits), hidden: b.read(&self.hidden) }
     }
 
     fn vocab(&self) -> usize {
         self.vocab
+    }
+
+    fn width(&self) -> usize {
+        self.width
     }
 
     fn device_class(&self) -> String {

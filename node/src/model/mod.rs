@@ -15,14 +15,26 @@ pub use llama::Llama;
 
 /// What the engine asks of a model.
 pub trait Model: Send {
-    /// Computes one step, and returns the logits after each of the batch's `logit_rows`, `[S, V]`. Calls `beat` after each layer.
-    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> &[f32];
+    /// Computes one step. Calls `beat` after each layer.
+    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> Output<'_>;
+
+    /// Width of a hidden state, `E`.
+    fn width(&self) -> usize;
 
     /// Vocabulary, `V`.
     fn vocab(&self) -> usize;
 
     /// Device class of the backend it runs on.
     fn device_class(&self) -> String;
+}
+
+/// What one step computed.
+#[derive(Debug, Clone, Copy)]
+pub struct Output<'a> {
+    /// Logits after each of the batch's `logit_rows`, `[S, V]`.
+    pub logits: &'a [f32],
+    /// Normed hidden states of the batch's `hidden_rows`, `[P, E]`.
+    pub hidden: &'a [f32],
 }
 
 /// Shape of a decoder, read from a model file and checked against sane bounds.

@@ -346,6 +346,13 @@ impl Backend for Cpu {
         self.multiply_staged(w, &mut logits.values, false);
     }
 
+    fn normed(&mut self, x: &Rows, rows: &[u32], norm: &Norm, out: &mut Rows) {
+        out.resize(rows.len(), x.width);
+        for (i, row) in rows.iter().enumerate() {
+            rowwise::rms_norm(self.isa, x.row(*row as usize), &norm.gains, norm.epsilon, out.row_mut(i));
+        }
+    }
+
     fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {
         &rows.values
     }
