@@ -176,3 +176,104 @@ impl TokenizerEnv for Environment {
 fn refusal(error: &str) -> GuideError {
     GuideError::Grammar(error.lines().take(3).collect::<Vec<_>>().join(" ").chars().take(500).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::quantized::gguf_file::{self, Value as Meta};
+
+    use super::*;
+    use crate::weights::Gguf;
+
+    /// A tokenizer of printable ASCII, a few longer tokens, and an end token, all from the same loader as real ones.
+    fn guides() -> (Guides, Arc<Tokenizer>) {
+        let mut tokens: Vec<String> = (0x21..0x7fu8).map(|b| char::from(b).to_string()).collect();
+        tokens.extend(["Ġ", "Ċ", "tr", "\"a", "</s>"].map(str::to_owned));
+        let kinds = (0..tokens.len()).map(|i| Meta::I32(if i + 1 == tokens.len() { 3 } else { 1 })).collect();
+        let end = tokens.len() as u32 - 1;
+        let metadata = [
+            ("tokenizer.ggml.model", Meta::String("gpt2".into())),
+            ("tokenizer.ggml.merges", Meta::Array(vec![Meta::String("t r".into()), Meta::String("\" a".into())])),
+            ("tokenizer.ggml.tokens", Meta::Array(tokens.into_iter().map(Meta::String).collect())),
+            ("tokenizer.ggml.token_type", Meta::Array(kinds)),
+            ("tokenizer.ggml.eos_token_id", Meta::U32(end)),
+        ];
+        let mut file = std::io::Cursor::new(Vec::new());
+        gguf_file::write(&mut file, &metadata.each_ref().map(|(k, v)| (*k, v)), &[]).unwrap();
+        let gguf = Gguf::from_bytes(Path::new("t.gguf"), file.into_inner().into()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
+        (Guides::new(tokenizer.clone()), tokenizer)
+    }
+
+    /// Writes what a model would that wants to say `wish` and leaves out what it may not; at its end it takes the first token allowed.
+    fn write(guide: &mut Guide, tokenizer: &Tokenizer, wish: &str) -> String {
+        let mut bytes = Vec::new();
+        let mut wishes = tokenizer.encode(wish, false).unwrap().into_iter();
+        for _ in 0..200 {
+            let mut logits: Vec<f32> = vec![0.0; tokenizer.vocab()];
+            guide.mask(&mut logits).unwrap();
+            let mut allowed = (0..tokenizer.vocab() as u32).filter(|token| logits[*token as usize] == 0.0);
+            let token =
+                wishes.by_ref().find(|token| logits[*token as usize] == 0.0).or_else(|| allowed.next()).unwrap();
+            if tokenizer.end_tokens().contains(&token) {
+                return String::from_utf8(bytes).unwrap();
+            }
+            guide.accept(token);
+            bytes.extend_from_slice(tokenizer.token_bytes(token));
+        }
+        panic!("no end after {}", String::from_utf8_lossy(&bytes));
+    }
+
+    fn guided(grammar: &Grammar, wish: &str) -> String {
+        let (guides, tokenizer) = guides();
+        write(&mut guides.compile(grammar).unwrap(), &tokenizer, wish)
+    }
+
+    #[test]
+    fn an_answer_keeps_to_its_grammar_whatever_the_model_likes() {
+        let schema = json!({"type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "maximum": 9}}, "required": ["ok", "n"], "additionalProperties": false});
+        let answer = guided(&Grammar::JsonSchema(schema), "Sure! {\"ok\":true,\"n\":7} I hope");
+        let value: Value = serde_json::from_str(&answer).unwrap();
+        assert_eq!(value, json!({"ok": true, "n": 7}));
+        assert_eq!(guided(&Grammar::Choice(vec!["yes".into(), "no \"\\ way".into()]), "no "), "no \"\\ way");
+        assert_eq!(guided(&Grammar::Regex("[0-9]{3}-[ab]+z".into()), "12x4-bz"), "124-bz");
+        assert!(
+            serde_json::from_str::<serde_json::Map<String, Value>>(&guided(&Grammar::JsonObject, "{\"a\":1}")).is_ok()
+        );
+        assert_eq!(guided(&Grammar::Lark("start: \"<\" /[a-c]+/ \">\"".into()), "<cab>"), "<cab>");
+    }
+
+    #[test]
+    fn a_guide_taken_up_from_its_tokens_goes_on_the_same() {
+        let (guides, tokenizer) = guides();
+        let grammar = Grammar::JsonSchema(json!({"type": "array", "items": {"enum": ["a", "tree"]}, "minItems": 3}));
+        let whole = write(&mut guides.compile(&grammar).unwrap(), &tokenizer, "[\"tree\",\"a\",\"tree\"]");
+        let tokens = tokenizer.encode(&whole, false).unwrap();
+        for had in 0..tokens.len() {
+            let mut guide = guides.compile(&grammar).unwrap();
+            tokens[..had].iter().for_each(|token| guide.accept(*token));
+            let done: Vec<u8> = tokens[..had].iter().flat_map(|t| tokenizer.token_bytes(*t).to_vec()).collect();
+            let done = String::from_utf8(done).unwrap();
+            assert_eq!(done.clone() + &write(&mut guide, &tokenizer, &whole[done.len()..]), whole);
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused_and_what_does_not_fit_is_an_error() {
+        let (guides, tokenizer) = guides();
+        let broken = [
+            Grammar::Regex("(".into()),
+            Grammar::Lark("start: nothing".into()),
+            Grammar::JsonSchema(json!({"type": "no such type"})),
+            Grammar::JsonSchema(json!(7)),
+        ];
+        for grammar in broken {
+            let refused = guides.compile(&grammar);
+            assert!(matches!(refused, Err(GuideError::Grammar(_))), "{grammar:?} passed");
+        }
+        let mut guide = guides.compile(&Grammar::Choice(vec!["yes".into()])).unwrap();
+        guide.accept(tokenizer.encode("q", false).unwrap()[0]);
+        assert!(guide.mask(&mut vec![0.0; tokenizer.vocab()]).is_err());
+    }
+}

@@ -6,14 +6,20 @@ use super::*;
 use crate::{
     kernels::cpu::Cpu,
     model::{self, Capacity, Output, tiny},
+    sample::Penalties,
 };
 
 const LIMITS: Limits = Limits { batch_size_max: 8, batch_tokens_max: 24 };
 
 fn engine(blocks: usize, queue_max: usize) -> Engine {
-    let capacity = Capacity { batch_tokens_max: LIMITS.batch_tokens_max, context: 128, blocks };
-    let model = model::load(&tiny::llama(3, GgmlDType::Q4_1), Cpu::new(1), capacity).unwrap();
-    Engine::start(model, EngineConfig { limits: LIMITS, queue_max, blocks }).0
+    engine_with(blocks, queue_max, LIMITS.batch_tokens_max, 1)
+}
+
+fn engine_with(blocks: usize, queue_max: usize, batch_tokens_max: usize, threads: usize) -> Engine {
+    let limits = Limits { batch_tokens_max, ..LIMITS };
+    let capacity = Capacity { batch_tokens_max, context: 128, blocks };
+    let model = model::load(&tiny::llama(3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
+    Engine::start(model, EngineConfig { limits, queue_max, blocks }).0
 }
 
 fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
@@ -23,42 +29,111 @@ fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
         prompt_len: prompt.len(),
         tokens: [prompt.as_slice(), had].concat(),
         choice: i % 3,
-        sampling: Sampling { temperature, top_p: 0.95, ..Sampling::greedy(42 + u64::from(i)) },
+        sampling: Sampling {
+            temperature,
+            top_p: 0.95,
+            penalties: if i.is_multiple_of(3) {
+                Penalties { presence: 0.3, frequency: 0.2, repetition: 1.1 }
+            } else {
+                Penalties::default()
+            },
+            bias: if i.is_multiple_of(4) { [(i, 2.0), (7, -100.0)].into() } else { [].into() },
+            ..Sampling::greedy(42 + u64::from(i))
+        },
         stop: StopRule { end_tokens: [].into(), tokens_max },
         guide: None,
-        logprobs: None,
+        logprobs: Some(3),
         wants: Wants::default(),
     }
 }
 
-fn read(mut tokens: Tokens) -> Vec<u32> {
+/// Tokens and their log-probabilities, which are compared to the bit.
+fn read_all(mut tokens: Tokens) -> Vec<Event> {
     let mut all = Vec::new();
     while let Some(event) = tokens.events.blocking_recv() {
-        all.push(event.token);
-        if event.finish.is_some() {
+        let is_last = event.finish.is_some();
+        all.push(event);
+        if is_last {
             break;
         }
     }
     all
 }
 
+fn read(tokens: Tokens) -> Vec<u32> {
+    read_all(tokens).into_iter().map(|event| event.token).collect()
+}
+
+fn run(engine: &Engine, generation: Generation) -> Vec<Event> {
+    read_all(engine.submit(vec![generation]).unwrap().remove(0))
+}
+
 fn alone(i: u32) -> Vec<u32> {
-    read(engine(64, 0).submit(vec![generation(i, &[], 40)]).unwrap().remove(0))
+    run(&engine(64, 0), generation(i, &[], 40)).into_iter().map(|event| event.token).collect()
 }
 
 #[test]
-fn company_preemption_and_a_warm_cache_change_no_token() {
-    let expected: Vec<Vec<u32>> = (0..12).map(alone).collect();
+fn company_chunks_threads_preemption_and_a_warm_cache_change_no_token_and_no_logprob() {
+    let expected: Vec<Vec<Event>> = (0..12).map(|i| run(&engine(64, 0), generation(i, &[], 40))).collect();
     // 14 blocks hold about three of twelve sequences: the others wait, and some are preempted
-    let crowded = engine(14, 16);
-    for _ in 0..2 {
-        let running = crowded.submit((0..12).map(|i| generation(i, &[], 40)).collect()).unwrap();
-        let found: Vec<Vec<u32>> = running.into_iter().map(read).collect();
-        assert_eq!(found, expected);
+    for (batch_tokens_max, threads) in [(24, 1), (9, 2), (64, 2)] {
+        let crowded = engine_with(14, 16, batch_tokens_max, threads);
+        for _ in 0..2 {
+            let running = crowded.submit((0..12).map(|i| generation(i, &[], 40)).collect()).unwrap();
+            let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
+            assert_eq!(found, expected, "{batch_tokens_max} tokens a step, {threads} threads");
+        }
+        use std::sync::atomic::Ordering::Relaxed;
+        let stats = crowded.stats();
+        assert!(stats.preemptions.load(Relaxed) > 0, "the pool was meant to be too small");
+        assert!(stats.prompt_tokens_cached.load(Relaxed) > 0, "the second round was meant to find its prompts");
     }
-    use std::sync::atomic::Ordering::Relaxed;
-    assert!(crowded.stats().preemptions.load(Relaxed) > 0, "the pool was meant to be too small");
-    assert!(crowded.stats().prompt_tokens_cached.load(Relaxed) > 0, "the second round was meant to find its prompts");
+}
+
+/// The prompt of `i`, its log-probabilities, and its vector; nothing is generated.
+fn measure(engine: &Engine, i: u32, pooling: Pooling) -> (Vec<u32>, Vec<Logprobs>, Vec<f32>) {
+    let ((scores, scored), (vectors, vector)) = (oneshot::channel(), oneshot::channel());
+    let wants = Wants { prompt_logprobs: Some((2, scores)), embedding: Some((pooling, vectors)) };
+    let generation = Generation { wants, ..generation(i, &[], 0) };
+    let prompt = generation.tokens.clone();
+    let tokens = engine.submit(vec![generation]).unwrap().remove(0);
+    let measured = (prompt, scored.blocking_recv().unwrap(), vector.blocking_recv().unwrap());
+    assert_eq!(read_all(tokens), []);
+    measured
+}
+
+#[test]
+fn what_is_measured_of_a_prompt_does_not_depend_on_steps_or_company() {
+    let crowded = engine_with(14, 16, 9, 2);
+    for pooling in [Pooling::Mean, Pooling::Last] {
+        for i in [1, 4, 10] {
+            let expected = measure(&engine(64, 0), i, pooling);
+            assert_eq!(expected.1.len() + 1, expected.0.len(), "one for each token after the first");
+            let beside = crowded.submit((0..10).map(|i| generation(i, &[], 40)).collect()).unwrap();
+            // twice, so that the prompt's blocks are there the second time
+            for _ in 0..2 {
+                assert_eq!(measure(&crowded, i, pooling), expected);
+            }
+            drop(beside);
+        }
+    }
+}
+
+#[test]
+fn the_logprobs_of_an_answer_are_those_of_the_same_tokens_as_a_prompt() {
+    let engine = engine(64, 0);
+    let mut asked = generation(1, &[], 30);
+    asked.sampling.temperature = 0.9;
+    let prompt = asked.tokens.clone();
+    let answer = run(&engine, asked);
+    let (scores, scored) = oneshot::channel();
+    let tokens: Vec<u32> = prompt.iter().copied().chain(answer.iter().map(|event| event.token)).collect();
+    let wants = Wants { prompt_logprobs: Some((3, scores)), embedding: None };
+    let whole = Generation { prompt_len: tokens.len(), tokens, wants, ..generation(1, &[], 0) };
+    let _reader = engine.submit(vec![whole]).unwrap();
+    let scored = scored.blocking_recv().unwrap();
+    let found: Vec<Logprobs> = answer.into_iter().map(|event| *event.logprobs.unwrap()).collect();
+    assert_eq!(scored[prompt.len() - 1..], found);
 }
 
 #[test]
@@ -120,7 +195,13 @@ impl Model for Poisoned {
 fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
     let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
     let (engine, _) = Engine::start(Box::new(Poisoned), EngineConfig { limits, queue_max: 4, blocks: 16 });
-    let prompt = |token: u32| Generation { tokens: vec![token; 3], prompt_len: 3, ..generation(0, &[], 4) };
+    let prompt = |token: u32| Generation {
+        tokens: vec![token; 3],
+        prompt_len: 3,
+        sampling: Sampling::greedy(0),
+        logprobs: None,
+        ..generation(0, &[], 4)
+    };
     let running = engine.submit(vec![prompt(63), prompt(5)]).unwrap();
     let answers: Vec<Vec<u32>> = running.into_iter().map(read).collect();
     assert_eq!(answers, [vec![], vec![1; 4]]);
