@@ -15,4 +15,5 @@ mod mtls;
 mod failover;
 mod batching;
 mod bad_input;
+mod metrics;
 mod sdk;

@@ -1,6 +1,7 @@
 //! What is kept of each request: one log line and its share of the metrics, exactly once, also when the client left.
 
 use std::{
+    collections::HashMap,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -15,7 +16,7 @@ use tidegate_common::{
 };
 use tracing::info;
 
-use crate::engine::Stats;
+use crate::{engine::Stats, stop::Finish};
 
 /// How a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,14 +63,32 @@ impl Outcome {
     }
 }
 
+/// The reason of answers that were let go of.
+const ABORT: &str = "abort";
+
+/// The reason of answers that a fault of ours ended.
+const ERROR: &str = "error";
+
+/// Tokens; from a word to a long context.
+const TOKEN_COUNTS: [f64; 16] = [
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0, 50_000.0,
+    100_000.0,
+];
+
 /// The node's metrics, under the names that dashboards for vLLM already have.
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
     time_to_first_token: Histogram,
+    /// Under the old name and the new one.
+    between_tokens: [Histogram; 2],
     time_per_token: Histogram,
     latency: Histogram,
+    prompt_tokens: Histogram,
+    generation_tokens: Histogram,
+    ends: IntCounterVec,
+    model: String,
     /// Moving average of a request's time, in milliseconds.
     typical_ms: Arc<AtomicU64>,
 }
@@ -94,17 +113,40 @@ impl Metrics {
             &["path", "status", "outcome"],
         )?;
         registry.register(Box::new(requests.clone()))?;
+        let ends = IntCounterVec::new(
+            Opts::new("vllm:request_success_total", "Answers ended, by reason."),
+            &["finished_reason"],
+        )?;
+        registry.register(Box::new(ends.clone()))?;
+        // a rate needs a zero to rise from
+        ["stop", "length", ABORT, ERROR].iter().for_each(|reason| drop(ends.get_metric_with_label_values(&[reason])));
         Ok(Self {
             requests,
+            ends,
+            model: model.to_owned(),
             time_to_first_token: histogram(
                 "vllm:time_to_first_token_seconds",
                 "From a request's arrival to its first token.",
                 &long,
             )?,
+            between_tokens: [
+                histogram("vllm:inter_token_latency_seconds", "From one token of an answer to the next.", &short)?,
+                histogram(
+                    "vllm:time_per_output_token_seconds",
+                    "The same as vllm:inter_token_latency_seconds, under its older name.",
+                    &short,
+                )?,
+            ],
             time_per_token: histogram(
-                "vllm:time_per_output_token_seconds",
-                "Mean time between a request's tokens.",
+                "vllm:request_time_per_output_token_seconds",
+                "Mean time from one token of a request to the next.",
                 &short,
+            )?,
+            prompt_tokens: histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", &TOKEN_COUNTS)?,
+            generation_tokens: histogram(
+                "vllm:request_generation_tokens",
+                "Tokens generated for a request.",
+                &TOKEN_COUNTS,
             )?,
             latency: histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", &long)?,
             typical_ms: Arc::new(AtomicU64::new(1000)),
@@ -123,7 +165,7 @@ impl Metrics {
         let encoded = TextEncoder::new().encode(&self.registry.gather(), &mut out);
         debug_assert!(encoded.is_ok(), "metrics can always be written to memory");
         if let Some(stats) = stats {
-            let engine = engine_families(stats);
+            let engine = engine_families(stats, &self.model);
             let _ = TextEncoder::new().encode(&engine.gather(), &mut out);
         }
         String::from_utf8_lossy(&out).into_owned()
@@ -131,8 +173,9 @@ impl Metrics {
 }
 
 /// The engine's own counters, read when asked.
-fn engine_families(stats: &Stats) -> Registry {
-    let registry = Registry::new();
+fn engine_families(stats: &Stats, model: &str) -> Registry {
+    let labels = [("model_name".to_owned(), model.to_owned())].into();
+    let registry = Registry::new_custom(None, Some(labels)).unwrap_or_default();
     let gauges = [
         ("vllm:num_requests_running", "Sequences in the batch.", stats.running.load(Relaxed) as f64),
         ("vllm:num_requests_waiting", "Sequences that wait for a place.", stats.waiting.load(Relaxed) as f64),
@@ -147,7 +190,8 @@ fn engine_families(stats: &Stats) -> Registry {
     let counters = [
         ("vllm:prompt_tokens_total", "Prompt tokens taken.", &stats.prompt_tokens),
         ("vllm:generation_tokens_total", "Tokens generated.", &stats.generated_tokens),
-        ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", &stats.prompt_tokens_cached),
+        ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", &stats.tokens_looked_up),
+        ("vllm:prefix_cache_hits_total", "Tokens found in the prefix cache.", &stats.prompt_tokens_cached),
         ("vllm:num_preemptions_total", "Sequences put back for want of KV blocks.", &stats.preemptions),
         ("tidegate_node_steps_total", "Steps finished.", &stats.steps),
     ];
@@ -167,6 +211,8 @@ pub struct Record {
     id: RequestId,
     arrived: Instant,
     first_token: Option<Instant>,
+    /// When each choice's newest token came.
+    newest_tokens: HashMap<u32, Instant>,
     prompt_tokens: usize,
     tokens: u64,
     stream: bool,
@@ -184,6 +230,7 @@ impl Record {
             id: id.clone(),
             arrived,
             first_token: None,
+            newest_tokens: HashMap::new(),
             prompt_tokens: 0,
             tokens: 0,
             stream: false,
@@ -211,10 +258,23 @@ impl Record {
         self.stream = stream;
     }
 
-    /// A token has come.
-    pub fn token(&mut self) {
-        self.first_token.get_or_insert_with(Instant::now);
+    /// A token of this choice has come.
+    pub fn token(&mut self, choice: u32) {
+        let now = Instant::now();
+        self.first_token.get_or_insert(now);
         self.tokens += 1;
+        if let Some(before) = self.newest_tokens.insert(choice, now) {
+            self.metrics.between_tokens.iter().for_each(|h| h.observe((now - before).as_secs_f64()));
+        }
+    }
+
+    /// A choice has come to its own end.
+    pub fn choice_ended(&mut self, finish: Finish) {
+        let reason = match finish {
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+        };
+        self.metrics.ends.with_label_values(&[reason]).inc();
     }
 
     /// It has ended.
@@ -225,7 +285,14 @@ impl Record {
     fn observe(&self, total: Duration) {
         let m = &self.metrics;
         m.requests.with_label_values(&[self.path.as_str(), &self.status.to_string(), self.outcome.word()]).inc();
+        match self.outcome {
+            Outcome::Finished | Outcome::Refused => {}
+            Outcome::EngineLost => m.ends.with_label_values(&[ERROR]).inc(),
+            Outcome::ClientLeft | Outcome::HandedOver | Outcome::TimedOut => m.ends.with_label_values(&[ABORT]).inc(),
+        }
         let Some(first) = self.first_token else { return };
+        m.prompt_tokens.observe(self.prompt_tokens as f64);
+        m.generation_tokens.observe(self.tokens as f64);
         m.time_to_first_token.observe((first - self.arrived).as_secs_f64());
         m.latency.observe(total.as_secs_f64());
         if self.tokens > 1 {

@@ -68,6 +68,11 @@ impl Sequence {
         self.terms
     }
 
+    /// What is found in the cache is not computed, so nothing can be read off it.
+    fn uses_prefix_cache(&self) -> bool {
+        !self.terms.all_logits && self.terms.states != States::All
+    }
+
     /// Most of its tokens in one step.
     fn piece_max(&self) -> usize {
         if self.terms.all_logits { LOGIT_ROWS_MAX } else { usize::MAX }
@@ -104,6 +109,8 @@ pub struct Plan {
     pub pieces: Vec<Piece>,
     /// Sequences put back for want of blocks.
     pub preempted: Vec<SeqId>,
+    /// Tokens of newly admitted sequences that were looked up in the prefix cache.
+    pub tokens_looked_up: usize,
     /// Tokens of newly admitted sequences whose keys and values came from the prefix cache.
     pub tokens_cached: usize,
 }
@@ -257,6 +264,7 @@ impl Scheduler {
                 self.waiting.push_front(sequence);
                 return;
             }
+            plan.tokens_looked_up += if sequence.uses_prefix_cache() { sequence.tokens.len() } else { 0 };
             plan.tokens_cached += sequence.computed;
             let len = sequence.pending().min(budget).min(sequence.piece_max());
             for _ in sequence.blocks.len()..blocks_for(sequence.computed + len) {
@@ -271,7 +279,7 @@ impl Scheduler {
 
     /// At least one token stays to be computed: its logits are what comes next.
     fn take_cached_prefix(&mut self, sequence: &mut Sequence) {
-        if sequence.terms.all_logits || sequence.terms.states == States::All {
+        if !sequence.uses_prefix_cache() {
             return;
         }
         let whole_blocks = (sequence.tokens.len() - 1) / BLOCK_TOKENS;

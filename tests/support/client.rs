@@ -72,9 +72,14 @@ impl Client {
         Answer::read(self.0.get(url).send().await?).await
     }
 
+    /// GET of any text.
+    pub(crate) async fn text(&self, url: &str) -> String {
+        self.0.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
     /// The sum of a metric over its labels, from the text that `/metrics` gives.
     pub(crate) async fn metric(&self, admin: &str, name: &str) -> f64 {
-        let text = self.0.get(format!("{admin}/metrics")).send().await.unwrap().text().await.unwrap();
+        let text = self.text(&format!("{admin}/metrics")).await;
         let of_this = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']));
         text.lines()
             .filter(of_this)

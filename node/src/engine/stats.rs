@@ -19,9 +19,11 @@ pub struct Stats {
     pub blocks_total: u64,
     /// Steps finished.
     pub steps: AtomicU64,
-    /// Prompt tokens computed or found in the prefix cache.
+    /// Tokens of the prompts taken.
     pub prompt_tokens: AtomicU64,
-    /// Of those, found in the prefix cache.
+    /// Tokens looked up in the prefix cache; again each time a sequence is let in after it was put back.
+    pub tokens_looked_up: AtomicU64,
+    /// Of those, found there.
     pub prompt_tokens_cached: AtomicU64,
     /// Tokens generated.
     pub generated_tokens: AtomicU64,
@@ -44,6 +46,7 @@ impl Stats {
             blocks_total: blocks as u64,
             steps: zero(),
             prompt_tokens: zero(),
+            tokens_looked_up: zero(),
             prompt_tokens_cached: zero(),
             generated_tokens: zero(),
             preemptions: zero(),

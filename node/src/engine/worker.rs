@@ -234,6 +234,7 @@ impl Worker {
         stats.running.store(self.scheduler.running() as u64, Relaxed);
         stats.waiting.store(self.scheduler.waiting() as u64, Relaxed);
         stats.blocks_free.store(self.scheduler.kv().available() as u64, Relaxed);
+        stats.tokens_looked_up.fetch_add(plan.tokens_looked_up as u64, Relaxed);
         stats.prompt_tokens_cached.fetch_add(plan.tokens_cached as u64, Relaxed);
         stats.preemptions.fetch_add(plan.preempted.len() as u64, Relaxed);
     }

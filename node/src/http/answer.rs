@@ -273,7 +273,8 @@ impl Answer {
         let text = &mut self.texts[choice as usize];
         text.push(&loaded.tokenizer, event.token, event.finish);
         if let Some(record) = &mut self.record {
-            record.token();
+            record.token(choice);
+            text.finish().into_iter().for_each(|finish| record.choice_ended(finish));
         }
         if text.finish().is_some() {
             self.running.remove(&choice);
