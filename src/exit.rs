@@ -7,6 +7,7 @@ use tidegate_common::{config::Problems, registry::OpenError};
 use tidegate_node::{
     RunError as NodeError,
     models::{InvalidRef, ModelError},
+    served::ServeError,
 };
 
 /// Why the command did not do what it was asked.
@@ -105,9 +106,9 @@ impl From<NodeError> for Failure {
             NodeError::Listen { .. } => Self::unavailable(format!(
                 "{error}\n  fix: stop what listens there, or choose another address (--listen)"
             )),
-            NodeError::Model(error) => error.into(),
-            NodeError::Tls(_) | NodeError::Load(_) => Self::usage(error.to_string()),
-            NodeError::Internal(_) => Self::internal(error.to_string()),
+            NodeError::Serve(ServeError::Model(error)) => error.into(),
+            NodeError::Tls(_) | NodeError::Serve(ServeError::Load(_)) => Self::usage(error.to_string()),
+            NodeError::Serve(ServeError::Internal(_)) | NodeError::Internal(_) => Self::internal(error.to_string()),
         }
     }
 }

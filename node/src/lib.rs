@@ -1,6 +1,6 @@
-//! The inference server: one process, one model, an OpenAI API over continuous batching.
+//! The inference server: one process, one model or several, an OpenAI API over continuous batching.
 //!
-//! The modules stand in the order of a request's life: [`http`] reads it, [`text`] turns words to tokens, the [`engine`] thread plans
+//! The modules stand in the order of a request's life: [`http`] reads it, [`served`] has the model it names, [`text`] turns words to tokens, the [`engine`] thread plans
 //! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s within a [`guide`], and
 //! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run()`] keeps the
 //! process's own life from loading to the last handed-over stream, [`weights`] reads model files, and [`models`] keeps them.
@@ -8,6 +8,7 @@
 mod config;
 mod run;
 pub mod http;
+pub mod served;
 pub mod text;
 pub mod engine;
 pub mod sched;

@@ -3,8 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::{Arc, OnceLock},
-    thread::JoinHandle,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -20,24 +19,13 @@ use tracing::{info, warn};
 
 use crate::{
     config::NodeConfig,
-    engine::{Engine, EngineConfig},
-    guide::Guides,
-    http::{App, Loaded, router},
-    kernels::{Backend, cpu::Cpu},
-    kv::BLOCK_TOKENS,
-    model::{self, Capacity, Shape},
-    models::{ModelError, Store},
+    http::{App, router},
     record::Metrics,
-    sched::Limits,
-    text::{ChatTemplate, Tokenizer},
-    weights::{Gguf, LoadError},
+    served::{Models, ServeError},
 };
 
 /// After the handover, how long balancers get to read the last events.
 const HANDOVER_GRACE: Duration = Duration::from_millis(500);
-
-/// Share of the machine's available memory that the KV cache takes when the configuration names none.
-const KV_SHARE_OF_MEMORY: u64 = 8;
 
 /// Why a node could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -55,12 +43,9 @@ pub enum RunError {
     /// Certificate or key cannot be used.
     #[error("node.tls: {0}")]
     Tls(#[from] TlsError),
-    /// The model is not on this machine.
+    /// The model cannot be served.
     #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The model cannot be loaded.
-    #[error(transparent)]
-    Load(#[from] LoadError),
+    Serve(#[from] ServeError),
     /// A fault of ours.
     #[error("{0}")]
     Internal(String),
@@ -74,20 +59,22 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
     let (drain, draining) = shutdown::channel();
     let (let_go, handover) = shutdown::channel();
     let metrics = Metrics::new(&config.served_model_name).map_err(|e| RunError::Internal(e.to_string()))?;
-    let app = Arc::new(App { loaded: OnceLock::new(), metrics, draining, handover, started: Instant::now(), config });
+    let models = Models::new(&config);
+    let app = Arc::new(App { models, metrics, draining, handover, started: Instant::now(), config });
     let handle = Handle::new();
     let server = serve(&app, handle.clone())?;
     let mut server = tokio::spawn(server);
 
-    let engine = tokio::select! {
-        engine = load(app.clone()) => engine?,
+    tokio::select! {
+        loaded = app.models.start(&app.config) => loaded?,
         () = shutdown.wait() => return Ok(()),
-    };
+    }
+    info!(node = %app.config.id, seconds = app.started.elapsed().as_secs_f32(), "ready");
     let record = announcement(&app.config);
     registry.announce(record.clone()).await;
     let ended = tokio::select! {
         () = shutdown.wait() => Ok(()),
-        () = engine_death(&engine) => Err(RunError::Internal("the engine thread ended; the log says why".into())),
+        () = app.models.engine_death() => Err(RunError::Internal("the engine thread ended; the log says why".into())),
         served = &mut server => Err(RunError::Internal(format!("the listener ended: {served:?}"))),
     };
     registry.withdraw(&record.id).await;
@@ -133,102 +120,6 @@ fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Outpu
     })
 }
 
-/// Loads the model on a thread of its own, and starts the engine.
-async fn load(app: Arc<App>) -> Result<JoinHandle<()>, RunError> {
-    let inner = app.clone();
-    let work = move || load_now(&inner.config);
-    let (loaded, engine) = tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| RunError::Internal(format!("loading the model failed: {e}")))??;
-    let device = loaded.device.clone();
-    let _ = app.loaded.set(loaded);
-    info!(node = %app.config.id, model = app.config.served_model_name, device, seconds = app.started.elapsed().as_secs_f32(), "ready");
-    Ok(engine)
-}
-
-fn load_now(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), RunError> {
-    let path = Store::open(&config.data_dir).locate(&config.model)?;
-    let gguf = Gguf::open(&path)?;
-    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-    let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
-    let shape = Shape::read(&gguf, model::architecture(&gguf)?)?;
-    let capacity = capacity::<Cpu>(config, &shape)?;
-    let mut model = model::load(&gguf, Cpu::new(config.engine.threads), capacity)?;
-    let device = model.device_class();
-    warm_up(&mut *model, &tokenizer, capacity.context);
-    let limits =
-        Limits { batch_size_max: config.engine.batch_size_max, batch_tokens_max: config.engine.batch_tokens_max };
-    let (engine, thread) =
-        Engine::start(model, EngineConfig { limits, queue_max: config.engine.queue_max, blocks: capacity.blocks });
-    let end_tokens = tokenizer.end_tokens().into();
-    let guides = Guides::new(tokenizer.clone());
-    let loaded = Loaded { engine, tokenizer, guides, template, context: capacity.context, device, end_tokens };
-    Ok((loaded, thread))
-}
-
-/// Sizes from the configuration, or sane ones from the machine: an eighth of the free memory for keys and values, but no less than one
-/// sequence of full length, and no more than a whole batch of them.
-fn capacity<B: Backend>(config: &NodeConfig, shape: &Shape) -> Result<Capacity, LoadError> {
-    let limits = &config.engine;
-    let context = limits.context_max.unwrap_or(shape.context).min(shape.context);
-    let mut capacity = Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0 };
-    let least = capacity.blocks_per_sequence();
-    let mib = |blocks: usize| (blocks as u64).saturating_mul(B::block_bytes(shape.cache(1)) as u64).div_ceil(1 << 20);
-    let (free, needed) = (memory_available(), mib(least));
-    if needed > free >> 20 {
-        return Err(LoadError::Config(format!(
-            "one sequence of {context} tokens takes {needed} MiB for keys and values, and {} MiB are free: lower node.max_context",
-            free >> 20
-        )));
-    }
-    capacity.blocks = match limits.kv_cache_bytes {
-        Some(bytes) => shape.blocks_in::<B>(bytes),
-        None => shape.blocks_in::<B>(free / KV_SHARE_OF_MEMORY).clamp(least, least * limits.batch_size_max),
-    };
-    // a slot's number must fit 32 bits
-    capacity.blocks = capacity.blocks.min(u32::MAX as usize / BLOCK_TOKENS);
-    let taken = mib(capacity.blocks);
-    if capacity.blocks < least {
-        return Err(LoadError::Config(format!(
-            "node.kv_cache_memory holds {} blocks, and one sequence of {context} tokens takes {least}: raise it to {needed} MiB, or lower node.max_context",
-            capacity.blocks
-        )));
-    }
-    if taken > free >> 20 {
-        return Err(LoadError::Config(format!(
-            "node.kv_cache_memory is {taken} MiB, and {} MiB are free: lower it",
-            free >> 20
-        )));
-    }
-    info!(
-        context,
-        kv_blocks = capacity.blocks,
-        kv_cache_mib = taken,
-        threads = limits.threads,
-        max_batch_size = limits.batch_size_max,
-        "sizes"
-    );
-    Ok(capacity)
-}
-
-/// Bytes that the machine could give without swapping; 8 GiB where it does not say.
-fn memory_available() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(8 << 30, |kib| kib << 10)
-}
-
-/// One step, so that the first request does not pay for cold pages and buffers.
-fn warm_up(model: &mut dyn model::Model, tokenizer: &Tokenizer, context: usize) {
-    let count = BLOCK_TOKENS.min(tokenizer.vocab()).min(context);
-    let tokens: Vec<u32> = (0..count as u32).collect();
-    let mut batch = crate::batch::Batch::default();
-    batch.push(&tokens, 0, &[0]);
-    batch.logit_rows.push(tokens.len() as u32 - 1);
-    model.forward(&batch, &|| {});
-}
-
 fn announcement(config: &NodeConfig) -> NodeRecord {
     NodeRecord {
         tls: config.tls.is_some(),
@@ -240,21 +131,14 @@ fn announcement(config: &NodeConfig) -> NodeRecord {
     }
 }
 
-async fn engine_death(engine: &JoinHandle<()>) {
-    while !engine.is_finished() {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
-}
-
 /// Returns when every answer has been read to its end, at the latest after `drain_grace`.
 async fn wait_until_idle(app: &App) {
     let deadline = Instant::now() + app.config.drain_grace;
-    let Some(loaded) = app.loaded.get() else { return };
-    while loaded.engine.open() > 0 && Instant::now() < deadline {
+    while app.models.open() > 0 && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    if loaded.engine.open() > 0 {
-        let streams = loaded.engine.open();
+    let streams = app.models.open();
+    if streams > 0 {
         warn!(node = %app.config.id, streams, "drain_grace is over; handing over what still runs");
     }
 }

@@ -30,6 +30,7 @@ use crate::{
     engine::{Event, Refused, Tokens},
     output::Text,
     record::{Outcome, Record},
+    served::Loaded,
     text::Tokenizer,
 };
 
@@ -68,25 +69,34 @@ pub(super) async fn serve(app: Arc<App>, api: Api, request: Request<Body>) -> ax
 
 /// Reads, checks and submits a request.
 async fn open(app: &Arc<App>, api: Api, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
-    let loaded = app.ready()?;
+    app.refuse_while_draining()?;
+    let bytes = read_body(app, frame, request.into_body()).await?;
+    let body = aside(move || ask::parse(&bytes)).await?;
+    let loaded = app.model(body.model.as_deref(), frame.deadline).await?;
+    let (inner, held, seed) = (app.clone(), loaded.clone(), frame.seed);
+    let valid = aside(move || body.validate(api, &inner, &held, seed)).await?;
+    app.refuse_while_draining()?;
+    Answer::submit(app.clone(), loaded, api, frame.clone(), valid)
+}
+
+/// Does `work` on a thread that serves nobody: JSON, templates and tokenizers take milliseconds for long prompts.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| internal())?
+}
+
+/// Reads a body within its size and its time.
+async fn read_body(app: &App, frame: &Frame, body: Body) -> Result<Vec<u8>, ApiError> {
+    let request = &app.config.request;
     // a balancer sends a client's body again with the tokens that the client has had
-    let resumed = if frame.wire { app.config.request.choices_max * loaded.context * TOKEN_BYTES_MAX } else { 0 };
+    let resumed = if frame.wire { request.choices_max * app.models.context_max() * TOKEN_BYTES_MAX } else { 0 };
     let deadline = tokio::time::Instant::from_std(frame.deadline);
-    let reading = read_body(request.into_body(), app.config.request.body_bytes_max + resumed);
-    let body = tokio::time::timeout_at(deadline, reading).await.map_err(|_| too_slow())??;
-    let (inner, seed) = (app.clone(), frame.seed);
-    // templates and tokenizers take milliseconds for long prompts: not on the threads that serve others
-    let work = move || {
-        let loaded = inner.ready()?;
-        ask::parse(&body)?.validate(api, &inner, loaded, seed)
-    };
-    let valid = tokio::task::spawn_blocking(work).await.map_err(|_| internal())??;
-    Answer::submit(app.clone(), api, frame.clone(), valid)
+    let reading = read_at_most(body, request.body_bytes_max.saturating_add(resumed));
+    tokio::time::timeout_at(deadline, reading).await.map_err(|_| too_slow())?
 }
 
 /// Reads a body of at most `bytes_max`. What is beyond is read and thrown away for a while, since a client that is still writing does
 /// not read the refusal.
-async fn read_body(body: Body, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
+async fn read_at_most(body: Body, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
     let mut parts = body.into_data_stream();
     let mut bytes = Vec::new();
     while let Some(part) = parts.next().await {
@@ -123,6 +133,8 @@ fn internal() -> ApiError {
 /// A running generation.
 struct Answer {
     app: Arc<App>,
+    /// The model it began with, held to the last byte.
+    loaded: Arc<Loaded>,
     frame: Frame,
     head: Head,
     opens_choices: bool,
@@ -138,8 +150,13 @@ struct Answer {
 }
 
 impl Answer {
-    fn submit(app: Arc<App>, api: Api, frame: Frame, valid: ValidRequest) -> Result<Self, ApiError> {
-        let loaded = app.ready()?;
+    fn submit(
+        app: Arc<App>,
+        loaded: Arc<Loaded>,
+        api: Api,
+        frame: Frame,
+        valid: ValidRequest,
+    ) -> Result<Self, ApiError> {
         let mut texts = Vec::with_capacity(valid.choices.len());
         let mut generations = Vec::new();
         for (mut generation, had) in valid.choices {
@@ -153,7 +170,7 @@ impl Answer {
         }
         let indices: Vec<u32> = generations.iter().map(|g| g.choice).collect();
         let tokens = loaded.engine.submit(generations).map_err(|refused| refusal(refused, &app))?;
-        let head = Head::new(api, &frame, &app.config.served_model_name, &loaded.device);
+        let head = Head::new(api, &frame, &loaded.name, &loaded.device);
         Ok(Self {
             frame,
             head,
@@ -167,6 +184,7 @@ impl Answer {
             beats_seen: 0,
             ended: false,
             app,
+            loaded,
         })
     }
 
@@ -269,9 +287,8 @@ impl Answer {
 
     /// Adds a token to its text.
     fn accept(&mut self, choice: u32, event: Event) {
-        let Some(loaded) = self.app.loaded.get() else { return };
         let text = &mut self.texts[choice as usize];
-        text.push(&loaded.tokenizer, event.token, event.finish);
+        text.push(&self.loaded.tokenizer, event.token, event.finish);
         if let Some(record) = &mut self.record {
             record.token(choice);
             text.finish().into_iter().for_each(|finish| record.choice_ended(finish));
@@ -306,7 +323,7 @@ impl Answer {
 
     /// A sign of life to a balancer, as long as the engine itself shows one.
     fn write_wait(&mut self, out: &mut Vec<u8>) {
-        let beats = self.app.loaded.get().map_or(0, |l| l.engine.stats().beats.load(Relaxed));
+        let beats = self.loaded.engine.stats().beats.load(Relaxed);
         let lives = std::mem::replace(&mut self.beats_seen, beats) != beats;
         if self.frame.wire && lives {
             out.extend_from_slice(event::WAIT);

@@ -8,10 +8,11 @@ use serde::Deserialize;
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, ErrorKind, Resume};
 
-use super::{Api, App, Loaded};
+use super::{Api, App};
 use crate::{
     engine::{Generation, Wants},
     sample::{Penalties, Sampling},
+    served::Loaded,
     stop::StopRule,
     text::Message,
 };
@@ -134,9 +135,6 @@ impl Body {
     /// # Errors
     /// The first thing that is wrong, with its field, its limit, and the config key that moves the limit.
     pub(super) fn validate(self, api: Api, app: &App, loaded: &Loaded, seed: u64) -> Result<ValidRequest, ApiError> {
-        if let Some(model) = self.model.as_deref().filter(|m| *m != app.config.served_model_name) {
-            return Err(ApiError::model_not_found(model));
-        }
         self.refuse_unsupported()?;
         let sampling = self.sampling(app, seed)?;
         let stops = self.stops()?;

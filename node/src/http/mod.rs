@@ -7,8 +7,8 @@ mod frame;
 mod reply;
 
 use std::{
-    sync::{Arc, OnceLock, atomic::Ordering::Relaxed},
-    time::Instant,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -25,34 +25,20 @@ use tidegate_common::{
     shutdown::Shutdown,
 };
 
-use crate::{config::NodeConfig, engine::Engine, guide::Guides, record::Metrics, text};
+use crate::{
+    config::NodeConfig,
+    record::Metrics,
+    served::{Loaded, Models},
+};
 use api::Api;
 use reply::Reply;
-
-/// What stands once the model is loaded.
-pub struct Loaded {
-    /// The engine thread's handle.
-    pub engine: Engine,
-    /// Words to tokens and back.
-    pub tokenizer: Arc<text::Tokenizer>,
-    /// Grammars that answers can be held to.
-    pub guides: Guides,
-    /// Conversations to prompts.
-    pub template: text::ChatTemplate,
-    /// Most tokens of prompt and answer.
-    pub context: usize,
-    /// Device class.
-    pub device: String,
-    /// Tokens that end an answer.
-    pub end_tokens: Arc<[u32]>,
-}
 
 /// What every handler sees.
 pub struct App {
     /// The configuration.
     pub config: NodeConfig,
-    /// Set once, when the model is ready.
-    pub loaded: OnceLock<Loaded>,
+    /// The models served here.
+    pub models: Models,
     /// Counters.
     pub metrics: Metrics,
     /// Set when the node takes nothing new.
@@ -67,7 +53,8 @@ impl App {
     /// What `/health` says.
     pub fn health(&self) -> Health {
         let c = &self.config;
-        let stats = self.loaded.get().map(|l| l.engine.stats());
+        let loaded = self.models.default();
+        let stats = loaded.as_ref().map(|l| l.engine.stats());
         let load =
             |read: fn(&crate::engine::Stats) -> u64| stats.map_or(0, |s| u32::try_from(read(s)).unwrap_or(u32::MAX));
         let silent = stats.map(|s| s.silent_for()).filter(|silent| *silent > c.stall_after);
@@ -86,8 +73,8 @@ impl App {
             color: c.color.clone(),
             site: c.site.clone(),
             build: env!("CARGO_PKG_VERSION").to_owned(),
-            device: self.loaded.get().map(|l| l.device.clone()).unwrap_or_default(),
-            context: self.loaded.get().map_or(0, |l| l.context as u32),
+            device: loaded.as_ref().map(|l| l.device.clone()).unwrap_or_default(),
+            context: loaded.as_ref().map_or(0, |l| l.context as u32),
             running: load(|s| s.running.load(Relaxed)),
             waiting: load(|s| s.waiting.load(Relaxed)),
             kv_blocks_free: load(|s| s.blocks_free.load(Relaxed)),
@@ -97,15 +84,24 @@ impl App {
         }
     }
 
-    /// What stands once the model is loaded; until then, and while draining, the refusal.
-    fn ready(&self) -> Result<&Loaded, ApiError> {
-        let unavailable = |code, text: &str| {
-            ApiError::new(ErrorKind::Unavailable, code, text).with_retry_after(std::time::Duration::from_secs(1))
-        };
-        if self.draining.is_set() {
-            return Err(unavailable("draining", "this node is shutting down and takes no new requests"));
+    /// What stands of the model that a request names, or of the default one. Hold it to the answer's last byte: an unload waits for
+    /// nobody, and ends nothing that is held. It may have to be loaded first, which is waited for until `deadline`.
+    ///
+    /// # Errors
+    /// When no such model is served here, it cannot be had now, or the node is draining.
+    async fn model(&self, name: Option<&str>, deadline: Instant) -> Result<Arc<Loaded>, ApiError> {
+        self.refuse_while_draining()?;
+        self.models.get(name, deadline).await
+    }
+
+    /// # Errors
+    /// While the node is draining.
+    fn refuse_while_draining(&self) -> Result<(), ApiError> {
+        if !self.draining.is_set() {
+            return Ok(());
         }
-        self.loaded.get().ok_or_else(|| unavailable("loading", "the model is still loading"))
+        let text = "this node is shutting down and takes no new requests";
+        Err(ApiError::new(ErrorKind::Unavailable, "draining", text).with_retry_after(Duration::from_secs(1)))
     }
 }
 
@@ -139,13 +135,14 @@ async fn health(State(app): State<Arc<App>>) -> Response {
 async fn models(State(app): State<Arc<App>>) -> Response {
     let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let created = created - app.started.elapsed().as_secs();
-    let context = app.loaded.get().map(|l| l.context);
+    let context = app.models.default().map(|l| l.context);
     let model = json!({"id": app.config.served_model_name, "object": "model", "created": created, "owned_by": "tidegate", "max_model_len": context});
     Reply::json(200, &json!({"object": "list", "data": [model]})).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let text = app.metrics.render(app.loaded.get().map(|l| l.engine.stats()));
+    let loaded = app.models.default();
+    let text = app.metrics.render(loaded.as_ref().map(|l| l.engine.stats()));
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
