@@ -11,7 +11,7 @@ use tidegate_node::{
     kv::BLOCK_TOKENS,
     model::{self, Capacity, Model},
     models::{ModelRef, Store},
-    weights::Gguf,
+    weights::Checkpoint,
 };
 
 /// Positions that each decoding sequence has behind it.
@@ -43,8 +43,8 @@ fn steps(c: &mut Criterion) {
         return;
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let gguf = Gguf::open(&path).expect("the default model can be opened");
-    let mut model = model::load(&gguf, Cpu::new(threads), CAPACITY).expect("the default model can be loaded");
+    let checkpoint = Checkpoint::open(&path).expect("the default model can be opened");
+    let mut model = model::load(&checkpoint, Cpu::new(threads), CAPACITY).expect("the default model can be loaded");
     let mut group = c.benchmark_group("step");
     group.sample_size(20);
     for sequences in [1, 2, 4, 8, 16, 32] {

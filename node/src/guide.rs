@@ -184,7 +184,7 @@ mod tests {
     use candle_core::quantized::gguf_file::{self, Value as Meta};
 
     use super::*;
-    use crate::weights::Gguf;
+    use crate::weights::Checkpoint;
 
     /// A tokenizer of printable ASCII, a few longer tokens, and an end token, all from the same loader as real ones.
     fn guides() -> (Guides, Arc<Tokenizer>) {
@@ -201,8 +201,8 @@ mod tests {
         ];
         let mut file = std::io::Cursor::new(Vec::new());
         gguf_file::write(&mut file, &metadata.each_ref().map(|(k, v)| (*k, v)), &[]).unwrap();
-        let gguf = Gguf::from_bytes(Path::new("t.gguf"), file.into_inner().into()).unwrap();
-        let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf).unwrap());
+        let checkpoint = Checkpoint::from_bytes(Path::new("t.checkpoint"), file.into_inner().into()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint).unwrap());
         (Guides::new(tokenizer.clone()), tokenizer)
     }
 

@@ -1,10 +1,10 @@
 //! The Llama family (Touvron et al. 2023, arXiv:2302.13971): pre-norm decoder, grouped-query attention (arXiv:2305.13245) with rotary
-//! positions, gated SiLU layer. GGUF files of this family hold query and key rows in interleaved rotary order.
+//! positions, gated SiLU layer.
 
 use crate::{
     batch::Batch,
     kernels::{Backend, Norm, Rope},
-    weights::{Gguf, LoadError, Weight},
+    weights::{Checkpoint, LoadError, Weight},
 };
 
 use super::{Capacity, Model, Output, Shape};
@@ -49,10 +49,10 @@ impl<B: Backend> Llama<B> {
     ///
     /// # Errors
     /// When a tensor is missing or has the wrong shape.
-    pub fn load(gguf: &Gguf, shape: &Shape, backend: B, capacity: Capacity) -> Result<Self, LoadError> {
-        let source = Source { gguf, shape };
+    pub fn load(checkpoint: &Checkpoint, shape: &Shape, backend: B, capacity: Capacity) -> Result<Self, LoadError> {
+        let source = Source { checkpoint, shape };
         let layers = (0..shape.layers).map(|i| source.layer(&backend, i)).collect::<Result<_, _>>()?;
-        let head = match gguf.has("output.weight") {
+        let head = match checkpoint.has("output.weight") {
             true => Some(backend.matrix(vec![source.matrix("output.weight", shape.vocab, shape.width)?])),
             false => None,
         };
@@ -62,7 +62,7 @@ impl<B: Backend> Llama<B> {
             embedding: backend.matrix(vec![source.matrix("token_embd.weight", shape.vocab, shape.width)?]),
             head,
             norm: source.norm("output_norm.weight")?,
-            rope: Rope::new(capacity.context, shape.heads.dim, shape.rope_base, true),
+            rope: Rope::new(capacity.context, shape.heads.dim, shape.rope_base, checkpoint.has_interleaved_rotary()),
             cache: backend.cache(shape.cache(capacity.blocks)),
             vocab: shape.vocab,
             residual: backend.rows(rows, shape.width),
@@ -79,7 +79,7 @@ impl<B: Backend> Llama<B> {
 
 /// A file, and the shape that its tensors must have.
 struct Source<'a> {
-    gguf: &'a Gguf,
+    checkpoint: &'a Checkpoint,
     shape: &'a Shape,
 }
 
@@ -106,11 +106,15 @@ impl Source<'_> {
     }
 
     fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, LoadError> {
-        let weight = self.gguf.weight(name)?;
+        let weight = self.checkpoint.weight(name)?;
         if (weight.rows(), weight.cols()) == (rows, cols) {
             return Ok(weight);
         }
-        Err(self.gguf.broken(format!("tensor '{name}' is {} x {}, not {rows} x {cols}", weight.rows(), weight.cols())))
+        Err(self.checkpoint.broken(format!(
+            "tensor '{name}' is {} x {}, not {rows} x {cols}",
+            weight.rows(),
+            weight.cols()
+        )))
     }
 
     fn norm(&self, name: &str) -> Result<Norm, LoadError> {

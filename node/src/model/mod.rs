@@ -2,13 +2,11 @@
 
 mod llama;
 
-use candle_core::quantized::gguf_file::Value;
-
 use crate::{
     batch::Batch,
     kernels::{Backend, CacheShape, Heads},
     kv::BLOCK_TOKENS,
-    weights::{Gguf, LoadError},
+    weights::{Checkpoint, LoadError},
 };
 
 pub use llama::Llama;
@@ -63,20 +61,19 @@ impl Shape {
     ///
     /// # Errors
     /// When a value is missing or absurd.
-    pub fn read(gguf: &Gguf, arch: &str) -> Result<Self, LoadError> {
-        let number = |key: &str, max: usize| gguf.number_in(&format!("{arch}.{key}"), 1..=max);
+    pub fn read(checkpoint: &Checkpoint, arch: &str) -> Result<Self, LoadError> {
+        let number = |key: &str, max: usize| checkpoint.number_in(&format!("{arch}.{key}"), 1..=max);
         let width = number("embedding_length", 1 << 16)?;
         let query = number("attention.head_count", 1 << 10)?;
-        let kv = gguf.number(&format!("{arch}.attention.head_count_kv")).unwrap_or(query);
-        let dim = gguf.number(&format!("{arch}.attention.key_length")).unwrap_or(width / query);
+        let kv = checkpoint.number(&format!("{arch}.attention.head_count_kv")).unwrap_or(query);
+        let dim = checkpoint.number(&format!("{arch}.attention.key_length")).unwrap_or(width / query);
         if kv == 0 || !query.is_multiple_of(kv) || dim == 0 || dim > 1 << 10 || !dim.is_multiple_of(2) {
-            return Err(
-                gguf.broken(format!("{query} query heads, {kv} key-value heads of width {dim} do not fit together"))
-            );
+            return Err(checkpoint
+                .broken(format!("{query} query heads, {kv} key-value heads of width {dim} do not fit together")));
         }
-        let vocab = match gguf.value("tokenizer.ggml.tokens") {
-            Some(Value::Array(tokens)) if !tokens.is_empty() => tokens.len(),
-            _ => return Err(gguf.broken("'tokenizer.ggml.tokens' is missing")),
+        let vocab = match checkpoint.dims("token_embd.weight") {
+            Some(&[vocab, _]) if vocab > 0 => vocab,
+            _ => return Err(checkpoint.broken("tensor 'token_embd.weight' is missing or no matrix")),
         };
         Ok(Self {
             layers: number("block_count", 1 << 10)?,
@@ -85,8 +82,8 @@ impl Shape {
             heads: Heads { query, kv, dim },
             vocab,
             context: number("context_length", 1 << 24)?,
-            rope_base: gguf.real(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0),
-            epsilon: gguf.real(&format!("{arch}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
+            rope_base: checkpoint.real(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0),
+            epsilon: checkpoint.real(&format!("{arch}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
         })
     }
 
@@ -123,21 +120,21 @@ impl Capacity {
 ///
 /// # Errors
 /// When it is missing, another, or a variant that this code would compute wrongly.
-pub fn architecture(gguf: &Gguf) -> Result<&str, LoadError> {
-    let arch = match gguf.text("general.architecture") {
+pub fn architecture(checkpoint: &Checkpoint) -> Result<&str, LoadError> {
+    let arch = match checkpoint.text("general.architecture") {
         Some(arch @ "llama") => arch,
         Some(other) => {
             let text = format!("architecture '{other}' is not supported yet; supported: llama");
             return Err(LoadError::Unsupported(text));
         }
-        None => return Err(gguf.broken("'general.architecture' is missing")),
+        None => return Err(checkpoint.broken("'general.architecture' is missing")),
     };
-    let is_scaled = gguf.text(&format!("{arch}.rope.scaling.type")).is_some_and(|kind| kind != "none");
+    let is_scaled = checkpoint.text(&format!("{arch}.rope.scaling.type")).is_some_and(|kind| kind != "none");
     let variants = [
-        ("scaled rotary positions", is_scaled || gguf.has("rope_freqs.weight")),
-        ("mixtures of experts", gguf.number(&format!("{arch}.expert_count")).is_some_and(|n| n > 0)),
-        ("biases in attention", gguf.has("blk.0.attn_q.bias")),
-        ("partly rotated heads", partly_rotated(gguf, arch)),
+        ("scaled rotary positions", is_scaled || checkpoint.has("rope_freqs.weight")),
+        ("mixtures of experts", checkpoint.number(&format!("{arch}.expert_count")).is_some_and(|n| n > 0)),
+        ("biases in attention", checkpoint.has("blk.0.attn_q.bias")),
+        ("partly rotated heads", partly_rotated(checkpoint, arch)),
     ];
     match variants.iter().find(|(_, is_so)| *is_so) {
         Some((what, _)) => Err(LoadError::Unsupported(format!("this model has {what}, which are not supported yet"))),
@@ -145,8 +142,8 @@ pub fn architecture(gguf: &Gguf) -> Result<&str, LoadError> {
     }
 }
 
-fn partly_rotated(gguf: &Gguf, arch: &str) -> bool {
-    let number = |key: &str| gguf.number(&format!("{arch}.{key}"));
+fn partly_rotated(checkpoint: &Checkpoint, arch: &str) -> bool {
+    let number = |key: &str| checkpoint.number(&format!("{arch}.{key}"));
     let head = number("attention.key_length")
         .or_else(|| number("embedding_length")?.checked_div(number("attention.head_count")?));
     number("rope.dimension_count").is_some_and(|rotated| Some(rotated) != head)
@@ -156,9 +153,13 @@ fn partly_rotated(gguf: &Gguf, arch: &str) -> bool {
 ///
 /// # Errors
 /// When the file lacks a tensor, or one has the wrong shape.
-pub fn load<B: Backend + 'static>(gguf: &Gguf, backend: B, capacity: Capacity) -> Result<Box<dyn Model>, LoadError> {
-    let arch = architecture(gguf)?;
-    Ok(Box::new(Llama::load(gguf, &Shape::read(gguf, arch)?, backend, capacity)?))
+pub fn load<B: Backend + 'static>(
+    checkpoint: &Checkpoint,
+    backend: B,
+    capacity: Capacity,
+) -> Result<Box<dyn Model>, LoadError> {
+    let arch = architecture(checkpoint)?;
+    Ok(Box::new(Llama::load(checkpoint, &Shape::read(checkpoint, arch)?, backend, capacity)?))
 }
 
 #[cfg(test)]
@@ -166,7 +167,7 @@ pub(crate) mod tiny;
 
 #[cfg(test)]
 mod tests {
-    use candle_core::quantized::GgmlDType;
+    use candle_core::quantized::{GgmlDType, gguf_file::Value};
 
     use super::*;
 
@@ -174,8 +175,8 @@ mod tests {
     #[test]
     fn variants_that_are_not_supported_are_refused_by_name() {
         let refusal = |key: &str, value: Value| {
-            let gguf = tiny::llama_with(1, GgmlDType::F32, &[(key, value)]);
-            architecture(&gguf).map(str::to_owned).unwrap_err().to_string()
+            let checkpoint = tiny::llama_with(1, GgmlDType::F32, &[(key, value)]);
+            architecture(&checkpoint).map(str::to_owned).unwrap_err().to_string()
         };
         assert!(refusal("llama.rope.scaling.type", Value::String("yarn".into())).contains("scaled rotary"));
         assert!(refusal("llama.expert_count", Value::U32(8)).contains("mixtures of experts"));
@@ -188,8 +189,8 @@ mod tests {
         for (key, value) in
             [("llama.attention.head_count_kv", 3), ("llama.attention.head_count", 0), ("llama.attention.key_length", 7)]
         {
-            let gguf = tiny::llama_with(1, GgmlDType::F32, &[(key, Value::U32(value))]);
-            assert!(Shape::read(&gguf, "llama").is_err(), "{key} = {value} passed");
+            let checkpoint = tiny::llama_with(1, GgmlDType::F32, &[(key, Value::U32(value))]);
+            assert!(Shape::read(&checkpoint, "llama").is_err(), "{key} = {value} passed");
         }
     }
 }

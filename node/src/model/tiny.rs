@@ -12,18 +12,23 @@ use candle_core::{
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::weights::Gguf;
+use crate::weights::Checkpoint;
 
 /// Vocabulary of the tiny models.
 pub(crate) const VOCAB: usize = 64;
 
 /// A Llama of two layers, width 64, 4 query and 2 key-value heads of 16, with weights of the given type.
-pub(crate) fn llama(seed: u64, dtype: GgmlDType) -> Gguf {
+pub(crate) fn llama(seed: u64, dtype: GgmlDType) -> Checkpoint {
     llama_with(seed, dtype, &[])
 }
 
 /// The same with more metadata.
-pub(crate) fn llama_with(seed: u64, dtype: GgmlDType, more: &[(&str, Value)]) -> Gguf {
+pub(crate) fn llama_with(seed: u64, dtype: GgmlDType, more: &[(&str, Value)]) -> Checkpoint {
+    Checkpoint::from_bytes(Path::new("tiny.gguf"), Bytes::from(file(seed, dtype, more))).unwrap()
+}
+
+/// Its bytes.
+pub(crate) fn file(seed: u64, dtype: GgmlDType, more: &[(&str, Value)]) -> Vec<u8> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut tensor = |name: String, rows: usize, cols: usize, dtype: GgmlDType| {
         let scale = 1.0 / (cols as f32).sqrt();
@@ -73,5 +78,5 @@ pub(crate) fn llama_with(seed: u64, dtype: GgmlDType, more: &[(&str, Value)]) ->
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, v)| (k.as_str(), v)).collect();
     gguf_file::write(&mut file, &metadata, &tensors).unwrap();
-    Gguf::from_bytes(Path::new("tiny.gguf"), Bytes::from(file.into_inner())).unwrap()
+    file.into_inner()
 }

@@ -15,7 +15,7 @@ use crate::{
     models::{ModelError, Store},
     sched::Limits,
     text::{ChatTemplate, Tokenizer},
-    weights::{Gguf, LoadError},
+    weights::{Checkpoint, LoadError},
 };
 
 /// Share of the machine's available memory that the KV cache takes when the configuration names none.
@@ -38,12 +38,12 @@ pub enum ServeError {
 /// Loads the model and starts its engine thread.
 pub(super) fn load(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), ServeError> {
     let path = Store::open(&config.data_dir).locate(&config.model)?;
-    let gguf = Gguf::open(&path)?;
-    let tokenizer = Arc::new(Tokenizer::from_gguf(&gguf)?);
-    let template = ChatTemplate::from_gguf(&gguf, &tokenizer)?;
-    let shape = Shape::read(&gguf, model::architecture(&gguf)?)?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
+    let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
+    let shape = Shape::read(&checkpoint, model::architecture(&checkpoint)?)?;
     let capacity = capacity::<Cpu>(config, &shape)?;
-    let mut model = model::load(&gguf, Cpu::new(config.engine.threads), capacity)?;
+    let mut model = model::load(&checkpoint, Cpu::new(config.engine.threads), capacity)?;
     let device = model.device_class();
     warm_up(&mut *model, &tokenizer, capacity.context);
     let limits =

@@ -14,7 +14,7 @@ use tokenizers::{
     },
 };
 
-use crate::weights::{Gguf, LoadError, whole_number};
+use crate::weights::{Checkpoint, LoadError, whole_number};
 
 /// GGML's token types that are not plain text.
 const CONTROL: usize = 3;
@@ -28,32 +28,32 @@ const SPLIT_QWEN2: &str =
 ///
 /// # Errors
 /// When the metadata is incomplete, or of a kind that is not supported.
-pub(super) fn from_gguf(gguf: &Gguf) -> Result<Tokenizer, LoadError> {
-    match gguf.text("tokenizer.ggml.model") {
+pub(super) fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Tokenizer, LoadError> {
+    match checkpoint.text("tokenizer.ggml.model") {
         Some("gpt2") => {}
         Some(other) => {
             return Err(LoadError::Unsupported(format!(
                 "tokenizer '{other}' is not supported yet; supported: gpt2 (byte-level BPE)"
             )));
         }
-        None => return Err(gguf.broken("'tokenizer.ggml.model' is missing")),
+        None => return Err(checkpoint.broken("'tokenizer.ggml.model' is missing")),
     }
-    let tokens = gguf.texts("tokenizer.ggml.tokens")?;
+    let tokens = checkpoint.texts("tokenizer.ggml.tokens")?;
     let vocab: Vocab = tokens.iter().zip(0u32..).map(|(token, id)| (token.to_string(), id)).collect();
-    let merges = gguf.texts("tokenizer.ggml.merges")?.into_iter().map(|merge| match merge.split_once(' ') {
+    let merges = checkpoint.texts("tokenizer.ggml.merges")?.into_iter().map(|merge| match merge.split_once(' ') {
         Some((a, b)) => Ok((a.to_owned(), b.to_owned())),
-        None => Err(gguf.broken(format!("'{merge}' is not a merge of two tokens"))),
+        None => Err(checkpoint.broken(format!("'{merge}' is not a merge of two tokens"))),
     });
     let bpe = BPE::builder().vocab_and_merges(vocab, merges.collect::<Result<Vec<_>, _>>()?);
-    let bpe = bpe.ignore_merges(gguf.flag("tokenizer.ggml.ignore_merges").unwrap_or(false)).build();
-    let mut tokenizer = Tokenizer::new(bpe.map_err(|e| gguf.broken(e.to_string()))?);
-    let rule = gguf.text("tokenizer.ggml.pre").unwrap_or("default");
+    let bpe = bpe.ignore_merges(checkpoint.flag("tokenizer.ggml.ignore_merges").unwrap_or(false)).build();
+    let mut tokenizer = Tokenizer::new(bpe.map_err(|e| checkpoint.broken(e.to_string()))?);
+    let rule = checkpoint.text("tokenizer.ggml.pre").unwrap_or("default");
     tokenizer.with_pre_tokenizer(Some(splitting_rule(rule)?));
     if rule == "qwen2" {
-        tokenizer.with_normalizer(Some(NFC)).map_err(|e| gguf.broken(e.to_string()))?;
+        tokenizer.with_normalizer(Some(NFC)).map_err(|e| checkpoint.broken(e.to_string()))?;
     }
     tokenizer.with_decoder(Some(ByteLevel::new(false, false, false)));
-    add_marked_tokens(gguf, &tokens, &mut tokenizer)?;
+    add_marked_tokens(checkpoint, &tokens, &mut tokenizer)?;
     Ok(tokenizer)
 }
 
@@ -81,13 +81,13 @@ fn splitting_rule(name: &str) -> Result<PreTokenizerWrapper, LoadError> {
 }
 
 /// Control tokens are never text; user-defined ones are text that is never split.
-fn add_marked_tokens(gguf: &Gguf, tokens: &[&str], tokenizer: &mut Tokenizer) -> Result<(), LoadError> {
-    let Some(Value::Array(types)) = gguf.value("tokenizer.ggml.token_type") else { return Ok(()) };
+fn add_marked_tokens(checkpoint: &Checkpoint, tokens: &[&str], tokenizer: &mut Tokenizer) -> Result<(), LoadError> {
+    let Some(Value::Array(types)) = checkpoint.value("tokenizer.ggml.token_type") else { return Ok(()) };
     let of_type = |wanted: usize| {
         let marked = tokens.iter().zip(types).filter(move |(_, t)| whole_number(t) == Some(wanted));
         marked.map(move |(text, _)| AddedToken::from(text.to_string(), wanted == CONTROL)).collect::<Vec<_>>()
     };
-    tokenizer.add_special_tokens(of_type(CONTROL)).map_err(|e| gguf.broken(e.to_string()))?;
-    tokenizer.add_tokens(of_type(USER_DEFINED)).map_err(|e| gguf.broken(e.to_string()))?;
+    tokenizer.add_special_tokens(of_type(CONTROL)).map_err(|e| checkpoint.broken(e.to_string()))?;
+    tokenizer.add_tokens(of_type(USER_DEFINED)).map_err(|e| checkpoint.broken(e.to_string()))?;
     Ok(())
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::{
     text::Tokenizer,
-    weights::{Gguf, LoadError},
+    weights::{Checkpoint, LoadError},
 };
 
 /// Instructions that one rendering may take; a conversation of a thousand messages needs well under a tenth.
@@ -78,13 +78,14 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// When the template does not compile.
-    pub fn from_gguf(gguf: &Gguf, tokenizer: &Tokenizer) -> Result<Self, LoadError> {
-        let spelled = |key: &str| gguf.number(key).and_then(|id| tokenizer.spelled(id as u32)).unwrap_or_default();
+    pub fn from_checkpoint(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Self, LoadError> {
+        let spelled =
+            |key: &str| checkpoint.number(key).and_then(|id| tokenizer.spelled(id as u32)).unwrap_or_default();
         let (begin, end) = (spelled("tokenizer.ggml.bos_token_id"), spelled("tokenizer.ggml.eos_token_id"));
-        let environment = match gguf.text("tokenizer.chat_template") {
-            Some(source) => {
-                Some(compile(source).map_err(|e| gguf.broken(format!("its chat template does not compile: {e:#}")))?)
-            }
+        let environment = match checkpoint.text("tokenizer.chat_template") {
+            Some(source) => Some(
+                compile(source).map_err(|e| checkpoint.broken(format!("its chat template does not compile: {e:#}")))?,
+            ),
             None => None,
         };
         Ok(Self { environment, begin, end })

@@ -2,7 +2,7 @@
 
 use tokenizers::Tokenizer as Inner;
 
-use crate::weights::{Gguf, LoadError};
+use crate::weights::{Checkpoint, LoadError};
 
 /// A model's tokenizer.
 pub struct Tokenizer {
@@ -22,9 +22,9 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the metadata is incomplete, or of a kind that is not supported.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self, LoadError> {
-        let inner = super::bpe::from_gguf(gguf)?;
-        let tokens = gguf.texts("tokenizer.ggml.tokens")?;
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self, LoadError> {
+        let inner = super::bpe::from_checkpoint(checkpoint)?;
+        let tokens = checkpoint.texts("tokenizer.ggml.tokens")?;
         let added = inner.get_added_tokens_decoder();
         let (mut bytes, mut ends) = (Vec::new(), Vec::with_capacity(tokens.len()));
         for (id, token) in tokens.iter().enumerate() {
@@ -37,9 +37,9 @@ impl Tokenizer {
         }
         // a normalizer may shorten text, by a third at the most for NFC
         let token_bytes_max = tokens.iter().map(|t| t.len()).max().unwrap_or(1) * 3;
-        let id = |key: &str| gguf.number(key).filter(|id| *id < tokens.len()).map(|id| id as u32);
-        let begin =
-            id("tokenizer.ggml.bos_token_id").filter(|_| gguf.flag("tokenizer.ggml.add_bos_token").unwrap_or(false));
+        let id = |key: &str| checkpoint.number(key).filter(|id| *id < tokens.len()).map(|id| id as u32);
+        let begin = id("tokenizer.ggml.bos_token_id")
+            .filter(|_| checkpoint.flag("tokenizer.ggml.add_bos_token").unwrap_or(false));
         let end_keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
         let end_tokens = end_keys.into_iter().filter_map(id).collect();
         Ok(Self { inner, bytes, ends, prefix: begin.into_iter().collect(), end_tokens, token_bytes_max })
