@@ -9,7 +9,14 @@ use tidegate_common::{
     tls,
 };
 
-use crate::models::{ModelRef, Store};
+use crate::{
+    machine::{self, Memory},
+    models::{ModelRef, Store},
+    sizes::Size,
+};
+
+/// Most that `max_queue` can be.
+const QUEUE_MAX: usize = 65_536;
 
 /// Everything a node is told.
 #[derive(Debug, Clone)]
@@ -70,10 +77,14 @@ pub struct EngineLimits {
     pub batch_tokens_max: usize,
     /// `max_queue`: most sequences that wait.
     pub queue_max: usize,
+    /// `max_queue_per_tenant`: most of one tenant's sequences that wait.
+    pub queue_max_tenant: usize,
     /// `max_context`: most tokens of prompt and answer; the model's own when not given.
     pub context_max: Option<usize>,
     /// `kv_cache_memory`: bytes for keys and values; a share of the machine's free memory when not given.
     pub kv_cache_bytes: Option<u64>,
+    /// What was decided, and why; for the log.
+    pub sizes: Vec<Size>,
 }
 
 /// Bounds of a request.
@@ -81,6 +92,8 @@ pub struct EngineLimits {
 pub struct RequestLimits {
     /// `max_body`: bytes.
     pub body_bytes_max: usize,
+    /// `max_concurrent_requests`: most requests at once, from the first byte of their bodies to the last of their answers.
+    pub concurrent_max: usize,
     /// `max_choices`: most answers of one request, prompts times `n`.
     pub choices_max: usize,
     /// `request_timeout`: most time from the request's arrival to its answer's end.
@@ -108,6 +121,8 @@ impl NodeConfig {
         let model: ModelRef =
             r.parse("model").unwrap_or_else(|| "smollm2-135m".parse().expect("the default model is in the catalogue"));
         refuse_missing_cuda(&r);
+        let mut engine = EngineLimits::read(&r);
+        let request = RequestLimits::read(&r, &mut engine);
         Self {
             id: r.parse("id").unwrap_or_else(host_name),
             listen,
@@ -120,12 +135,8 @@ impl NodeConfig {
             color: r.parse("color").unwrap_or_else(|| "blue".parse().expect("'blue' is a valid name")),
             site: r.parse("site").unwrap_or_else(|| "local".parse().expect("'local' is a valid name")),
             weight: r.in_range("weight", 1..=1000, 1),
-            engine: EngineLimits::read(&r),
-            request: RequestLimits {
-                body_bytes_max: r.get_or("max_body", ByteSize::mib(8)).0 as usize,
-                choices_max: r.in_range("max_choices", 1..=128, 16),
-                timeout: timeout(&r),
-            },
+            engine,
+            request,
             defaults: Defaults::read(&r.section("defaults")),
             drain_grace: r.get_or("drain_grace", Duration::from_secs(10)),
             stall_after: r.duration_or("stall_after", Duration::from_secs(10)),
@@ -158,22 +169,95 @@ impl TlsFiles {
 
 impl EngineLimits {
     fn read(r: &Reader<'_>) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let batch_size_max = r.in_range("max_batch_size", 1..=4096, 32);
-        let batch_tokens_max = r.in_range("max_batch_tokens", 1..=65_536, 512);
+        let mut sizes = Sizes::new(r);
+        let cores = machine::cores();
+        let threads = sizes.read("threads", 1..=1024, cores, || "cores that this process may use".into());
+        let batch_size_max = sizes.read("max_batch_size", 1..=4096, (16 * threads).clamp(32, 256), || {
+            format!("16 for each of {threads} threads, from 32 to 256")
+        });
+        let tokens = (128 * threads).clamp(256, 4096).max(batch_size_max);
+        let batch_tokens_max = sizes.read("max_batch_tokens", 1..=65_536, tokens, || {
+            format!("128 for each of {threads} threads, from 256 to 4096, and no less than max_batch_size")
+        });
+        let queue = (8 * batch_size_max).min(QUEUE_MAX);
+        let queue_max = sizes.read("max_queue", 0..=QUEUE_MAX, queue, || "8 batches".into());
+        let queue_max_tenant =
+            sizes.read("max_queue_per_tenant", 0..=QUEUE_MAX, queue_max.div_ceil(2), || "half of max_queue".into());
         if batch_tokens_max < batch_size_max {
             let message =
                 format!("{batch_tokens_max} tokens a step leave some of {batch_size_max} sequences without a turn");
             r.problem("max_batch_tokens", message, "make it at least max_batch_size");
         }
+        if queue_max_tenant > queue_max {
+            let message = format!("one tenant may not have more waiting than all together, which is {queue_max}");
+            r.problem("max_queue_per_tenant", message, "make it at most max_queue");
+        }
         Self {
-            threads: r.in_range("threads", 1..=1024, cores),
+            threads,
             batch_size_max,
             batch_tokens_max,
-            queue_max: r.in_range("max_queue", 0..=1_000_000, 256),
+            queue_max,
+            queue_max_tenant,
             context_max: r.get_in_range("max_context", 2..=16_777_216),
             kv_cache_bytes: r.get::<ByteSize>("kv_cache_memory").map(|size| size.0),
+            sizes: sizes.found,
         }
+    }
+
+    /// Most sequences of one tenant, running and waiting.
+    pub fn places_tenant(&self) -> usize {
+        self.batch_size_max + self.queue_max_tenant
+    }
+}
+
+impl RequestLimits {
+    fn read(r: &Reader<'_>, engine: &mut EngineLimits) -> Self {
+        let body_bytes_max = r.get_or("max_body", ByteSize::mib(8)).0 as usize;
+        let choices_max = r.in_range("max_choices", 1..=128, 16.min(engine.places_tenant()));
+        if choices_max > engine.places_tenant() {
+            let message = format!(
+                "a request with {choices_max} answers could never be taken: {} run and {} of one tenant wait at most",
+                engine.batch_size_max, engine.queue_max_tenant
+            );
+            r.problem("max_choices", message, "lower it, or raise max_batch_size or max_queue_per_tenant");
+        }
+        let mut sizes = Sizes::new(r);
+        let places = engine.batch_size_max + engine.queue_max;
+        let bodies = usize::try_from(Memory::available().bytes / 4).unwrap_or(usize::MAX) / body_bytes_max.max(1);
+        let concurrent = places.min(bodies).max(engine.batch_size_max);
+        let concurrent_max =
+            sizes.read("max_concurrent_requests", 1..=1_000_000, concurrent, || match bodies < places {
+                true => "as many bodies of max_body as a quarter of the free memory holds".into(),
+                false => "max_batch_size and max_queue together".into(),
+            });
+        engine.sizes.append(&mut sizes.found);
+        Self { concurrent_max, body_bytes_max, choices_max, timeout: timeout(r) }
+    }
+}
+
+/// Reads sizes, and notes where each comes from.
+struct Sizes<'a, 'b> {
+    r: &'a Reader<'b>,
+    found: Vec<Size>,
+}
+
+impl<'a, 'b> Sizes<'a, 'b> {
+    fn new(r: &'a Reader<'b>) -> Self {
+        Self { r, found: Vec::new() }
+    }
+
+    fn read(
+        &mut self,
+        key: &'static str,
+        range: std::ops::RangeInclusive<usize>,
+        automatic: usize,
+        why: impl FnOnce() -> String,
+    ) -> usize {
+        let given = self.r.get_in_range(key, range);
+        let value = given.unwrap_or(automatic);
+        let why = given.map_or_else(why, |_| "configured".into());
+        self.found.push(Size { key, value: value as u64, why });
+        value
     }
 }
 
@@ -251,6 +335,25 @@ mod tests {
         let error = read("[node]\nlisten = \"0.0.0.0:18800\"").unwrap_err();
         assert!(error.contains("node.listen") && error.contains("insecure = true"), "{error}");
         assert!(read("[node]\nlisten = \"0.0.0.0:18800\"\ninsecure = true").is_ok());
+    }
+
+    #[test]
+    fn every_size_has_a_reason_and_those_that_contradict_each_other_are_all_named() {
+        let config = read("[node]\nthreads = 4\nmax_queue = 10").unwrap();
+        let why = |key: &str| config.engine.sizes.iter().find(|s| s.key == key).map(|s| (s.value, s.why.as_str()));
+        assert_eq!(why("max_batch_size"), Some((64, "16 for each of 4 threads, from 32 to 256")));
+        assert_eq!(why("max_queue"), Some((10, "configured")));
+        assert_eq!(why("max_queue_per_tenant"), Some((5, "half of max_queue")));
+        assert!(why("max_concurrent_requests").is_some());
+        assert_eq!(read("[node]\nmax_batch_size = 2\nmax_queue = 0").unwrap().request.choices_max, 2);
+
+        let error = read(
+            "[node]\nmax_batch_size = 8\nmax_batch_tokens = 4\nmax_queue = 2\nmax_queue_per_tenant = 3\nmax_choices = 64",
+        )
+        .unwrap_err();
+        for part in ["node.max_batch_tokens", "node.max_queue_per_tenant", "node.max_choices"] {
+            assert!(error.contains(part), "{part} not in {error}");
+        }
     }
 
     #[test]

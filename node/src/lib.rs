@@ -3,9 +3,11 @@
 //! The modules stand in the order of a request's life: [`http`] reads it, [`served`] has the model it names, [`text`] turns words to tokens, the [`engine`] thread plans
 //! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s within a [`guide`], and
 //! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run()`] keeps the
-//! process's own life from loading to the last handed-over stream, [`weights`] reads model files, and [`models`] keeps them.
+//! process's own life from loading to the last handed-over stream, `sizes` fits it to the `machine`, [`weights`] reads model files, and [`models`] keeps them.
 
 mod config;
+mod machine;
+mod sizes;
 mod run;
 pub mod http;
 pub mod served;
@@ -26,3 +28,4 @@ pub mod models;
 
 pub use config::{Defaults, EngineLimits, NodeConfig, RequestLimits, TlsFiles};
 pub use run::{RunError, run};
+pub use sizes::Size;

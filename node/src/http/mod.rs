@@ -1,5 +1,6 @@
 //! The node's public face: an OpenAI API, health and metrics. It answers from the first moment, and says "loading" until it can do more.
 
+mod door;
 mod ask;
 mod answer;
 mod api;
@@ -31,6 +32,7 @@ use crate::{
     served::{Loaded, Models},
 };
 use api::Api;
+use door::Door;
 use reply::Reply;
 
 /// What every handler sees.
@@ -84,6 +86,11 @@ impl App {
         }
     }
 
+    /// How long until a refused request is likely to be taken.
+    fn expected_wait(&self) -> Duration {
+        self.metrics.expected_wait()
+    }
+
     /// What stands of the model that a request names, or of the default one. Hold it to the answer's last byte: an unload waits for
     /// nobody, and ends nothing that is held. It may have to be loaded first, which is waited for until `deadline`.
     ///
@@ -122,6 +129,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route(paths::HEALTH, only(get(health)))
         .route(paths::METRICS, only(get(metrics)))
         .fallback(unknown_path)
+        .layer(axum::middleware::from_fn_with_state(Door::new(app.clone()), Door::pass))
         .layer(axum::middleware::map_response_with_state(app.clone(), name_node))
         .with_state(app)
 }

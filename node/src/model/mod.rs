@@ -91,11 +91,6 @@ impl Shape {
     pub fn cache(&self, blocks: usize) -> CacheShape {
         CacheShape { layers: self.layers, blocks, heads: self.heads }
     }
-
-    /// Most blocks whose cache fits into `bytes`, on this backend.
-    pub fn blocks_in<B: Backend>(&self, bytes: u64) -> usize {
-        usize::try_from(bytes).unwrap_or(usize::MAX) / B::block_bytes(self.cache(1))
-    }
 }
 
 /// Sizes that a model is loaded for.

@@ -2,8 +2,6 @@
 
 use std::{sync::Arc, thread::JoinHandle};
 
-use tracing::info;
-
 use super::Loaded;
 use crate::{
     config::NodeConfig,
@@ -11,15 +9,14 @@ use crate::{
     guide::Guides,
     kernels::{Backend, cpu::Cpu},
     kv::BLOCK_TOKENS,
+    machine::Memory,
     model::{self, Capacity, Shape},
     models::{ModelError, Store},
     sched::Limits,
+    sizes,
     text::{ChatTemplate, Tokenizer},
     weights::{Checkpoint, LoadError},
 };
-
-/// Share of the machine's available memory that the KV cache takes when the configuration names none.
-const KV_SHARE_OF_MEMORY: u64 = 8;
 
 /// Why a model cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -57,57 +54,17 @@ pub(super) fn load(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), Serv
     Ok((loaded, thread))
 }
 
-/// Sizes from the configuration, or sane ones from the machine: an eighth of the free memory for keys and values, but no less than one
-/// sequence of full length, and no more than a whole batch of them.
+/// Sizes from the configuration and the machine, each printed with its reason.
 fn capacity<B: Backend>(config: &NodeConfig, shape: &Shape) -> Result<Capacity, LoadError> {
-    let limits = &config.engine;
-    let context = limits.context_max.unwrap_or(shape.context).min(shape.context);
-    let mut capacity = Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0 };
-    let least = capacity.blocks_per_sequence();
-    let mib = |blocks: usize| (blocks as u64).saturating_mul(B::block_bytes(shape.cache(1)) as u64).div_ceil(1 << 20);
-    let (free, needed) = (memory_available(), mib(least));
-    if needed > free >> 20 {
-        return Err(LoadError::Config(format!(
-            "one sequence of {context} tokens takes {needed} MiB for keys and values, and {} MiB are free: lower node.max_context",
-            free >> 20
-        )));
-    }
-    capacity.blocks = match limits.kv_cache_bytes {
-        Some(bytes) => shape.blocks_in::<B>(bytes),
-        None => shape.blocks_in::<B>(free / KV_SHARE_OF_MEMORY).clamp(least, least * limits.batch_size_max),
+    let wish = sizes::Wish {
+        limits: &config.engine,
+        model_context: shape.context,
+        block_bytes: B::block_bytes(shape.cache(1)),
+        memory: Memory::available(),
     };
-    // a slot's number must fit 32 bits
-    capacity.blocks = capacity.blocks.min(u32::MAX as usize / BLOCK_TOKENS);
-    let taken = mib(capacity.blocks);
-    if capacity.blocks < least {
-        return Err(LoadError::Config(format!(
-            "node.kv_cache_memory holds {} blocks, and one sequence of {context} tokens takes {least}: raise it to {needed} MiB, or lower node.max_context",
-            capacity.blocks
-        )));
-    }
-    if taken > free >> 20 {
-        return Err(LoadError::Config(format!(
-            "node.kv_cache_memory is {taken} MiB, and {} MiB are free: lower it",
-            free >> 20
-        )));
-    }
-    info!(
-        context,
-        kv_blocks = capacity.blocks,
-        kv_cache_mib = taken,
-        threads = limits.threads,
-        max_batch_size = limits.batch_size_max,
-        "sizes"
-    );
+    let (capacity, found) = wish.capacity()?;
+    config.engine.sizes.iter().chain(&found).for_each(sizes::Size::print);
     Ok(capacity)
-}
-
-/// Bytes that the machine could give without swapping; 8 GiB where it does not say.
-fn memory_available() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    kib.map_or(8 << 30, |kib| kib << 10)
 }
 
 /// One step, so that the first request does not pay for cold pages and buffers.
