@@ -75,6 +75,12 @@ pub(crate) struct RelayConfig {
     pub(crate) stall_timeout: Duration,
     /// How often one stream may change its node after it has begun.
     pub(crate) resumes_max: u32,
+    /// How long a request or stream that no node can serve now waits for one that can.
+    pub(crate) queue_wait: Duration,
+    /// Moves from node to node a second, over all requests.
+    pub(crate) moves_per_second: u32,
+    /// How many moves may come at once after a pause.
+    pub(crate) moves_burst: u32,
     /// Bound of a whole request.
     pub(crate) request_timeout: Duration,
 }
@@ -235,6 +241,9 @@ impl RelayConfig {
             connect_timeout: r.duration_or("connect_timeout", Duration::from_secs(1)),
             stall_timeout: r.duration_or("stall_timeout", Duration::from_secs(5)),
             resumes_max: r.in_range("max_resumes", 0..=100, 3),
+            queue_wait: r.get_or("queue_wait", Duration::from_secs(10)),
+            moves_per_second: r.in_range("moves_per_second", 1..=1_000_000, 200),
+            moves_burst: r.in_range("moves_burst", 1..=1_000_000, 1000),
             request_timeout: r.duration_or("request_timeout", Duration::from_secs(300)),
         }
     }

@@ -62,14 +62,14 @@ pub(crate) fn pool<'a>(snapshot: &'a Snapshot, model: Option<&str>) -> Result<(&
         Some(name) => snapshot.models.get_key_value(name).ok_or_else(|| missing_model(snapshot, name))?,
         None => match (models.next(), models.next()) {
             (Some(only), None) => only,
-            (None, _) => return Err(nothing_ready("no node has joined this cluster yet")),
+            (None, _) => return Err(nobody_ready("no node has joined this cluster yet")),
             (Some(_), Some(_)) => {
                 return Err(ApiError::invalid("model", "several models are served here; name one of them in 'model'"));
             }
         },
     };
     if found.1.ready.is_empty() {
-        return Err(nothing_ready(&format!("no node that serves '{}' is ready now", found.0)));
+        return Err(nobody_ready(&format!("no node that serves '{}' is ready now", found.0)));
     }
     Ok((found.0, found.1))
 }
@@ -77,14 +77,17 @@ pub(crate) fn pool<'a>(snapshot: &'a Snapshot, model: Option<&str>) -> Result<(&
 /// Before any node is known, a model cannot be said not to exist.
 fn missing_model(snapshot: &Snapshot, name: &str) -> ApiError {
     if snapshot.models.is_empty() {
-        return nothing_ready("no node has joined this cluster yet");
+        return nobody_ready("no node has joined this cluster yet");
     }
     ApiError::model_not_found(name)
 }
 
+/// Code of the refusal that waiting may help.
+pub(crate) const NOBODY_READY: &str = "no_ready_node";
+
 /// Nobody can take the request now.
-pub(crate) fn nothing_ready(message: &str) -> ApiError {
-    ApiError::new(ErrorKind::Unavailable, "no_ready_node", message).with_retry_after(Duration::from_secs(1))
+pub(crate) fn nobody_ready(message: &str) -> ApiError {
+    ApiError::new(ErrorKind::Unavailable, NOBODY_READY, message).with_retry_after(Duration::from_secs(1))
 }
 
 #[cfg(test)]

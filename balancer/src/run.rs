@@ -29,7 +29,7 @@ use crate::{
     health::Prober,
     metrics::Metrics,
     pool::PoolView,
-    relay::Relay,
+    relay::{Budget, Relay},
     serve::Edge,
     tls::{Refused, Secured},
 };
@@ -181,7 +181,12 @@ fn public_service(
         limits: config.limits.clone(),
         keys: config.keys.clone(),
         places: Arc::new(Semaphore::new(config.limits.concurrent_requests_max)),
-        relay: Relay { connector, rules: config.relay.clone(), pool: Arc::clone(&pool) },
+        relay: Relay {
+            connector,
+            budget: Budget::new(config.relay.moves_per_second, config.relay.moves_burst, Instant::now()),
+            rules: config.relay.clone(),
+            pool: Arc::clone(&pool),
+        },
         pool,
         metrics: Arc::clone(metrics),
         open: Arc::clone(open),

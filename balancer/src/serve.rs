@@ -183,10 +183,6 @@ impl Edge {
             }
         };
         let wish = Wish::read(&body)?;
-        let snapshot = self.pool.load();
-        let (model, _) = route::pool(&snapshot, wish.model.as_deref())?;
-        record.model = model.to_owned();
-        drop(snapshot);
         Ok(self.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
     }
 

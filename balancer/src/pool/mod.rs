@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use arc_swap::ArcSwap;
 use pingora::upstreams::peer::HttpPeer;
 use tidegate_common::{contract::Health, ids::NodeId};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, futures::Notified, mpsc};
 
 use crate::{admin::Members, pick::Rotation};
 
@@ -93,6 +93,8 @@ pub(crate) const SIGNALS_MAX: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct PoolView {
     snapshot: ArcSwap<Snapshot>,
+    /// Wakes those who wait for another snapshot.
+    changed: Notify,
     signals: mpsc::Sender<Signal>,
 }
 
@@ -100,7 +102,7 @@ impl PoolView {
     /// A view that nothing has been published to, and the writer's end of its signals.
     pub(crate) fn new() -> (Arc<Self>, mpsc::Receiver<Signal>) {
         let (signals, inbox) = mpsc::channel(SIGNALS_MAX);
-        (Arc::new(Self { snapshot: ArcSwap::default(), signals }), inbox)
+        (Arc::new(Self { snapshot: ArcSwap::default(), changed: Notify::new(), signals }), inbox)
     }
 
     /// The present snapshot.
@@ -111,6 +113,12 @@ impl PoolView {
     /// Only the one writer calls this.
     pub(crate) fn publish(&self, snapshot: Snapshot) {
         self.snapshot.store(Arc::new(snapshot));
+        self.changed.notify_waiters();
+    }
+
+    /// Ends with the first snapshot published after this call.
+    pub(crate) fn changed(&self) -> Notified<'_> {
+        self.changed.notified()
     }
 
     /// Where probes report to.

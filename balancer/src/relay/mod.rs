@@ -1,10 +1,12 @@
 //! Carrying one generation to its end: from node to node if need be, while the client sees one answer without a seam.
 //!
-//! `request` makes what a node is sent, `upstream` opens a node's answer, `events` cuts it into whole events, `delivered` remembers the
-//! tokens that the client has had, `client` writes to it. This file decides what comes after each loss. Its rules:
-//! nothing moves after a 4xx or after the last event; before the client has anything, every untried member of the pool is tried once;
-//! after that the stream is resumed from its tokens, at most `max_resumes` times.
+//! `turn` says who is asked next, or how long to wait for one who can be, within the `budget` of the whole balancer; `request` makes
+//! what a node is sent, `upstream` opens a node's answer, `events` cuts it into whole events, `delivered` remembers the tokens that
+//! the client has had, `client` writes to it. This file decides what comes after each loss. Its rules: nothing moves after the last
+//! event, nor after a 4xx, but for 429: a node that is full says nothing about the next one.
 
+mod turn;
+mod budget;
 mod request;
 mod upstream;
 mod events;
@@ -18,8 +20,10 @@ use tidegate_common::{
     contract::{ApiError, ErrorKind},
     ids::NodeId,
 };
+use tokio::time::Instant;
 use tracing::{info, warn};
 
+pub(crate) use budget::Budget;
 pub(crate) use request::Generation;
 
 use crate::{
@@ -27,12 +31,12 @@ use crate::{
     config::RelayConfig,
     pool::{PoolView, Target},
     record::Record,
-    route,
     serve::Ended,
 };
 use client::{Client, Interrupt};
 use delivered::Delivered;
 use events::{Events, Tail};
+use turn::Stop;
 use upstream::{Opened, Upstream};
 
 /// Carries generations.
@@ -40,6 +44,7 @@ pub(crate) struct Relay {
     pub(crate) connector: Arc<Connector>,
     pub(crate) rules: RelayConfig,
     pub(crate) pool: Arc<PoolView>,
+    pub(crate) budget: Budget,
 }
 
 /// How one node's part of a stream ended.
@@ -81,6 +86,8 @@ pub(crate) enum Loss {
     Malformed,
     /// It takes no requests now (503).
     Busy,
+    /// It has as many requests as it may (429).
+    Full,
 }
 
 impl Loss {
@@ -95,6 +102,7 @@ impl Loss {
             Self::Handover => "handover",
             Self::Malformed => "malformed",
             Self::Busy => "busy",
+            Self::Full => "full",
         }
     }
 
@@ -103,9 +111,18 @@ impl Loss {
         matches!(self, Self::Connect | Self::Stalled)
     }
 
+    /// Whether the request itself may have brought it about. A node that lets go after it has worked does as it was told to.
+    fn is_suspicious(self, has_progressed: bool) -> bool {
+        match self {
+            Self::Connect | Self::Busy | Self::Full => false,
+            Self::Handover => !has_progressed,
+            Self::Reset | Self::Stalled | Self::Ended | Self::Status(_) | Self::Malformed => true,
+        }
+    }
+
     fn error(self) -> ApiError {
         match self {
-            Self::Connect | Self::Busy | Self::Handover => {
+            Self::Connect | Self::Busy | Self::Full | Self::Handover => {
                 ApiError::new(ErrorKind::Unavailable, "node_unavailable", "no node could take the request")
                     .with_retry_after(Duration::from_secs(1))
             }
@@ -121,21 +138,48 @@ impl Loss {
 struct Journey {
     tried: Vec<NodeId>,
     delivered: Delivered,
-    /// The words of the last node that said 503.
+    /// The words of the last node that said 503 or 429.
     busy: Option<(NodeId, Answer)>,
     last: Option<Loss>,
+    /// Losses that may be the request's own doing: one that ends every node it meets must not go on to the next for ever.
+    suspicious: u32,
+    /// Tokens delivered when the last node was lost.
+    tokens_at_loss: usize,
+    /// While nobody can be asked: when waiting ends.
+    patience: Option<Instant>,
 }
 
 impl Journey {
+    fn new(choices: u32) -> Self {
+        Self {
+            tried: Vec::new(),
+            delivered: Delivered::new(choices),
+            busy: None,
+            last: None,
+            suspicious: 0,
+            tokens_at_loss: 0,
+            patience: None,
+        }
+    }
+
+    /// A node was lost.
+    fn note(&mut self, loss: Loss) {
+        let has_progressed = self.delivered.total() > self.tokens_at_loss;
+        self.tokens_at_loss = self.delivered.total();
+        self.last = Some(loss);
+        self.suspicious += u32::from(loss.is_suspicious(has_progressed));
+    }
+
     /// Whether the next node must go on instead of beginning.
     fn is_resuming(&self, client: &Client<'_>) -> bool {
         client.has_data() || self.delivered.total() > 0
     }
 
-    /// Another leg begins; the first is none that anything led to.
+    /// Another leg begins; the first is none that anything led to, and one that a node refused to begin is none.
     fn count(&self, record: &mut Record, client: &Client<'_>) {
         match self.last {
             None => {}
+            Some(loss @ (Loss::Busy | Loss::Full)) => record.retried(loss.as_str()),
             Some(loss) if self.is_resuming(client) => record.resumed(loss.as_str()),
             Some(loss) => record.retried(loss.as_str()),
         }
@@ -153,12 +197,12 @@ impl Relay {
         let _open = record.open_stream();
         let deadline = record.ctx.started + self.rules.request_timeout;
         let mut client = Client::new(session, generation.stream, record.ctx.id.clone(), deadline);
-        let mut journey =
-            Journey { tried: Vec::new(), delivered: Delivered::new(generation.choices), busy: None, last: None };
+        let mut journey = Journey::new(generation.choices);
         loop {
-            let target = match self.next(&client, record, &journey) {
+            let target = match self.next(&mut client, record, generation, &mut journey).await {
                 Ok(target) => target,
-                Err(error) => return give_up(client, record, journey, error).await,
+                Err(Stop::Refused(error)) => return give_up(client, record, journey, error).await,
+                Err(Stop::Interrupted(interrupt)) => return interrupted(client, record, interrupt).await,
             };
             journey.count(record, &client);
             record.node = Some(target.id.clone());
@@ -175,51 +219,21 @@ impl Relay {
                 }
                 LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
                 LegEnd::Busy(answer) => {
+                    let loss = if answer.status == 429 { Loss::Full } else { Loss::Busy };
                     journey.busy = Some((target.id.clone(), answer));
-                    self.move_on(record, &mut journey, &target, Loss::Busy);
+                    self.move_on(record, &mut journey, &target, loss);
                 }
                 LegEnd::Lost(loss) => self.move_on(record, &mut journey, &target, loss),
-                LegEnd::Interrupted(Interrupt::ClientGone) => {
-                    record.status = if client.has_begun() { 200 } else { 0 };
-                    record.reason = "client_gone";
-                    return Ended::ClientGone;
-                }
-                LegEnd::Interrupted(Interrupt::Deadline) => {
-                    let error = ApiError::new(
-                        ErrorKind::DeadlineExceeded,
-                        "request_timeout",
-                        "the request took longer than it may (balancer.relay.request_timeout)",
-                    );
-                    return fail(client, record, error).await;
-                }
+                LegEnd::Interrupted(interrupt) => return interrupted(client, record, interrupt).await,
             }
         }
-    }
-
-    /// Who takes the next leg, from the snapshot of this moment.
-    fn next(&self, client: &Client<'_>, record: &Record, journey: &Journey) -> Result<Arc<Target>, ApiError> {
-        let give_up = || journey.last.map_or_else(|| route::nothing_ready("no node is ready now"), Loss::error);
-        let resuming = journey.is_resuming(client);
-        if resuming && (record.resumes >= self.rules.resumes_max || !journey.delivered.is_complete()) {
-            return Err(give_up());
-        }
-        let snapshot = self.pool.load();
-        let pool = snapshot.models.get(&record.model).ok_or_else(give_up)?;
-        let untried = pool.pick(&journey.tried);
-        let target = if resuming {
-            let last = journey.tried.last().map(std::slice::from_ref).unwrap_or_default();
-            untried.or_else(|| pool.pick(last)).or_else(|| pool.pick(&[]))
-        } else {
-            untried
-        };
-        target.ok_or_else(give_up)
     }
 
     fn move_on(&self, record: &Record, journey: &mut Journey, target: &Target, loss: Loss) {
         self.pool.lost(target, loss.counts());
         journey.tried.retain(|id| *id != target.id);
         journey.tried.push(target.id.clone());
-        journey.last = Some(loss);
+        journey.note(loss);
         let (why, tokens) = (loss.as_str(), journey.delivered.total());
         info!(request_id = %record.ctx.id, node = %target.id, why, tokens, "node lost");
     }
@@ -245,7 +259,7 @@ impl Relay {
         let opened = client.unless_interrupted(Box::pin(Upstream::open(self, target, request))).await;
         match opened {
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
-            Ok(Ok(Opened::Whole(answer))) if answer.status == 503 => LegEnd::Busy(answer),
+            Ok(Ok(Opened::Whole(answer))) if matches!(answer.status, 429 | 503) => LegEnd::Busy(answer),
             Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
             Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
             Ok(Err(loss)) => LegEnd::Lost(loss),
@@ -271,6 +285,7 @@ impl Relay {
             let Ok(passed) = events.push(&chunk, &mut journey.delivered) else {
                 return LegEnd::Lost(Loss::Malformed);
             };
+            journey.patience = None;
             if journey.delivered.total() > 0 {
                 record.first_token();
             }
@@ -298,10 +313,24 @@ async fn pass_on(client: Client<'_>, record: &mut Record, node: &NodeId, answer:
     client.answer(Some(node), answer).await.into()
 }
 
+async fn interrupted(client: Client<'_>, record: &mut Record, interrupt: Interrupt) -> Ended {
+    match interrupt {
+        Interrupt::ClientGone => {
+            record.status = if client.has_begun() { 200 } else { 0 };
+            record.reason = "client_gone";
+            Ended::ClientGone
+        }
+        Interrupt::Deadline => {
+            let message = "the request took longer than it may (balancer.relay.request_timeout)";
+            fail(client, record, ApiError::new(ErrorKind::DeadlineExceeded, "request_timeout", message)).await
+        }
+    }
+}
+
 /// Nobody can go on. When all that was heard is that nodes are busy, their own words say it best.
 async fn give_up(client: Client<'_>, record: &mut Record, journey: Journey, error: ApiError) -> Ended {
     match journey.busy {
-        Some((node, answer)) if journey.last == Some(Loss::Busy) && !client.has_begun() => {
+        Some((node, answer)) if matches!(journey.last, Some(Loss::Busy | Loss::Full)) && !client.has_begun() => {
             pass_on(client, record, &node, answer).await
         }
         _ => fail(client, record, error).await,

@@ -15,6 +15,8 @@ use crate::{body::Wish, ctx::RequestCtx, pool::Target};
 pub(crate) struct Generation {
     path: &'static str,
     body: Bytes,
+    /// The model that the client named.
+    pub(crate) model: Option<String>,
     /// Drawn once, so that every node that the stream meets samples the same; `None` when the body brings its own.
     seed: Option<u64>,
     pub(crate) stream: bool,
@@ -30,7 +32,7 @@ pub(crate) struct NodeRequest {
 impl Generation {
     pub(crate) fn new(path: &'static str, body: Bytes, wish: &Wish) -> Self {
         let seed = (!wish.seeded).then(rand::random);
-        Self { path, body, seed, stream: wish.stream, choices: wish.choices }
+        Self { path, body, model: wish.model.clone(), seed, stream: wish.stream, choices: wish.choices }
     }
 
     /// The request for `target`.

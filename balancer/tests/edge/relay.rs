@@ -170,24 +170,123 @@ async fn when_nobody_can_go_on_the_stream_ends_with_an_error_event() {
 #[tokio::test]
 async fn a_refusal_passes_and_nothing_is_tried_again() {
     let mut house = House::with_nodes(2).await;
-    first(&house, vec![Act::Whole(429, "retry-after: 7\r\n", "{\"error\":{\"code\":\"full\"}}")]);
+    first(&house, vec![Act::Whole(400, "", "{\"error\":{\"code\":\"wrong\"}}")]);
     let response = house.post(CHAT, &chat(true)).await;
-    assert_eq!(response.status(), 429);
-    assert_eq!(response.headers()["retry-after"], "7");
-    assert_eq!(response.text().await.unwrap(), "{\"error\":{\"code\":\"full\"}}");
+    assert_eq!(response.status(), 400);
+    assert_eq!(response.text().await.unwrap(), "{\"error\":{\"code\":\"wrong\"}}");
     house.asked().await;
     assert!(house.news.try_recv().is_err());
 }
 
+const FULL: Act = Act::Whole(429, "retry-after: 7\r\n", "{\"error\":{\"code\":\"full\"}}");
+
 #[tokio::test]
-async fn when_all_are_busy_their_own_words_pass() {
-    let house = House::with_nodes(2).await;
+async fn a_full_node_says_nothing_about_the_next_and_when_all_are_full_their_words_pass() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![FULL]);
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!((status, texts(&text)), (200, ("ab".into(), true)));
+    assert_ne!(house.asked().await.node, house.asked().await.node);
     for node in &house.nodes {
-        node.script(vec![Act::Whole(503, "retry-after: 3\r\n", "{\"error\":{\"code\":\"loading\"}}")]);
+        node.script(vec![FULL]);
+    }
+    let asked = Instant::now();
+    let response = house.post(CHAT, &chat(true)).await;
+    assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (429, "7"));
+    assert!(response.text().await.unwrap().contains("full"));
+    assert!(asked.elapsed() < Duration::from_secs(5), "a client can come again, so it is told at once");
+}
+
+#[tokio::test]
+async fn a_stream_that_has_begun_waits_for_room() {
+    let mut house = House::with_nodes(2).await;
+    first(&house, vec![Act::Head, tokens(0, &[1], "a"), Act::Kill]);
+    house.nodes[0].script(vec![FULL]);
+    for _ in 0..3 {
+        house.nodes[1].script(vec![FULL]);
+        house.nodes[0].script(vec![FULL]);
+    }
+    for node in &house.nodes {
+        node.script(vec![Act::Head, tokens(1, &[2], "b"), end("[DONE]"), Act::Finish]);
+    }
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!((status, texts(&text)), (200, ("ab".into(), true)), "{text}");
+    house.asked().await;
+    for _ in 0..4 {
+        assert_eq!(resume(&house.asked().await), json!({"tokens": [[1]]}));
+    }
+}
+
+#[tokio::test]
+async fn nodes_that_let_go_after_work_are_followed_as_long_as_it_takes() {
+    let house = House::with_nodes(2).await;
+    let handover = || Act::Send(event::HANDOVER.to_vec());
+    for i in (0..12).step_by(2) {
+        house.nodes[0].script(vec![Act::Head, tokens(i, &[1], "a"), handover()]);
+        house.nodes[1].script(vec![Act::Head, tokens(i + 1, &[1], "a"), handover()]);
+    }
+    house.nodes[0].script(vec![Act::Head, tokens(12, &[1], "b"), end("[DONE]"), Act::Finish]);
+    let (_, text) = house.ask(&chat(true)).await;
+    assert_eq!(texts(&text), ("aaaaaaaaaaaab".into(), true));
+}
+
+#[tokio::test]
+async fn a_request_that_ends_every_node_does_not_meet_them_all() {
+    let mut house = House::with(6, "[balancer.relay]\nmax_resumes = 2").await;
+    for node in &house.nodes {
+        node.script(vec![Act::Kill]);
+    }
+    let (status, _) = house.ask(&chat(true)).await;
+    assert_eq!(status, 502);
+    for _ in 0..3 {
+        house.asked().await;
+    }
+    assert!(house.news.try_recv().is_err());
+}
+
+const BUSY: Act = Act::Whole(503, "retry-after: 3\r\n", "{\"error\":{\"code\":\"loading\"}}");
+
+#[tokio::test]
+async fn when_all_are_busy_for_too_long_their_own_words_pass() {
+    let house = House::with(2, "[balancer.relay]\nqueue_wait = \"0s\"").await;
+    for node in &house.nodes {
+        node.script(vec![BUSY]);
     }
     let response = house.post(CHAT, &chat(false)).await;
     assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (503, "3"));
     assert!(response.text().await.unwrap().contains("loading"));
+}
+
+#[tokio::test]
+async fn a_request_waits_for_a_node_that_can_serve_it() {
+    let house = House::with_nodes(1).await;
+    house.nodes[0].script(vec![BUSY]);
+    house.nodes[0].script(vec![BUSY]);
+    assert_eq!(house.ask(&chat(true)).await.0, 200, "busy twice, then not");
+
+    house.nodes[0].kill();
+    house.until(|members| crate::support::ready(members).is_empty()).await;
+    let body = chat(true);
+    let (answer, ()) = tokio::join!(house.ask(&body), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        house.nodes[0].restart().await;
+    });
+    assert_eq!((answer.0, texts(&answer.1)), (200, ("ab".into(), true)));
+}
+
+#[tokio::test]
+async fn waiting_ends_with_queue_wait_and_at_once_for_a_model_nobody_has() {
+    let house = House::with(1, "[balancer.relay]\nqueue_wait = \"300ms\"").await;
+    let (status, text) = house.ask(&json!({"model": "other"})).await;
+    assert_eq!(status, 404, "{text}");
+    house.nodes[0].kill();
+    house.until(|members| crate::support::ready(members).is_empty()).await;
+    let asked = Instant::now();
+    let response = house.post(CHAT, &chat(true)).await;
+    assert!(asked.elapsed() >= Duration::from_millis(300));
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    assert!(response.text().await.unwrap().contains("no_ready_node"));
 }
 
 #[tokio::test]

@@ -1,0 +1,125 @@
+//! Who takes the next leg of a stream, or how long it waits for one who can.
+//!
+//! A node that has not been asked comes first; a stream that has begun is rather resumed on the node that was lost than not at all. When
+//! nobody can be asked, because none is ready, none takes requests now, or too many streams are on the move, the request waits up to
+//! `queue_wait` and then asks everyone anew. Losses that may be the request's own doing are borne `max_resumes` times.
+
+use std::{sync::Arc, time::Duration};
+
+use tidegate_common::{contract::ApiError, ids::NodeId};
+use tokio::time::{Instant, timeout};
+
+use super::{
+    Journey, Loss, Relay,
+    client::{Client, Interrupt},
+    request::Generation,
+};
+use crate::{pool::Target, record::Record, route};
+
+/// How often one who waits asks again when the pool has not changed: a node that was full may have room.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// Why there is no next leg.
+pub(super) enum Stop {
+    /// For this reason.
+    Refused(ApiError),
+    /// Nobody wants it any more.
+    Interrupted(Interrupt),
+}
+
+/// Whom to ask now.
+enum Turn {
+    /// This one.
+    Ask(Arc<Target>),
+    /// Nobody yet; the error says why when the wait was in vain.
+    Wait(Duration, ApiError),
+    /// Nobody, and waiting does not help.
+    Never(ApiError),
+}
+
+impl Relay {
+    /// Who takes the next leg. Waits while nobody can.
+    pub(super) async fn next(
+        &self,
+        client: &mut Client<'_>,
+        record: &mut Record,
+        generation: &Generation,
+        journey: &mut Journey,
+    ) -> Result<Arc<Target>, Stop> {
+        loop {
+            let changed = self.pool.changed();
+            let (pause, error) = match self.turn(client, record, generation, journey) {
+                Turn::Ask(target) => return Ok(target),
+                Turn::Never(error) => return Err(Stop::Refused(error)),
+                Turn::Wait(pause, error) => (pause, error),
+            };
+            let now = Instant::now();
+            let patience = *journey.patience.get_or_insert(now + self.rules.queue_wait);
+            if now >= patience {
+                return Err(Stop::Refused(error));
+            }
+            let pause = pause.min(patience - now);
+            let _ = client.unless_interrupted(timeout(pause, changed)).await.map_err(Stop::Interrupted)?;
+            journey.tried.clear();
+        }
+    }
+
+    fn turn(&self, client: &Client<'_>, record: &mut Record, generation: &Generation, journey: &Journey) -> Turn {
+        let is_resuming = journey.is_resuming(client);
+        let losses_max = if is_resuming { self.rules.resumes_max } else { self.rules.resumes_max.max(1) };
+        if journey.suspicious > losses_max || (is_resuming && !self.may_resume(journey)) {
+            return Turn::Never(journey.error());
+        }
+        let snapshot = self.pool.load();
+        let (model, pool) = match route::pool(&snapshot, generation.model.as_deref()) {
+            Ok(found) => found,
+            Err(error) if error.code == route::NOBODY_READY => return Turn::Wait(ASK_AGAIN, error),
+            Err(error) => return Turn::Never(error),
+        };
+        record.model = model.to_owned();
+        let target = match pool.pick(&journey.tried) {
+            Some(untried) => Some(untried),
+            // the same node again is better than none, for a stream that has begun
+            None if is_resuming && !journey.was_refused() => pool.pick(journey.last_asked()).or_else(|| pool.pick(&[])),
+            None => None,
+        };
+        match (target, journey.last) {
+            (Some(target), None) => Turn::Ask(target),
+            (Some(target), Some(_)) => match self.budget.take(Instant::now()) {
+                Ok(()) => Turn::Ask(target),
+                Err(pause) => Turn::Wait(pause, journey.error()),
+            },
+            (None, Some(loss)) if !is_resuming && !loss.passes() => Turn::Never(journey.error()),
+            (None, _) => Turn::Wait(ASK_AGAIN, journey.error()),
+        }
+    }
+
+    fn may_resume(&self, journey: &Journey) -> bool {
+        self.rules.resumes_max > 0 && journey.delivered.is_complete()
+    }
+}
+
+impl Loss {
+    /// Whether a request that has not begun should wait for it to pass. A client can come again when there is room, and what has failed
+    /// everywhere would fail again.
+    fn passes(self) -> bool {
+        matches!(self, Self::Connect | Self::Busy | Self::Handover)
+    }
+}
+
+impl Journey {
+    /// What to say when nobody could go on.
+    fn error(&self) -> ApiError {
+        self.last.map_or_else(|| route::nobody_ready("no node is ready now"), Loss::error)
+    }
+
+    /// The node that was lost last.
+    fn last_asked(&self) -> &[NodeId] {
+        self.tried.last().map(std::slice::from_ref).unwrap_or_default()
+    }
+
+    /// Whether the last node did not even begin.
+    fn was_refused(&self) -> bool {
+        matches!(self.last, Some(Loss::Busy | Loss::Full))
+    }
+}
