@@ -15,5 +15,6 @@ mod mtls;
 mod failover;
 mod batching;
 mod bad_input;
+mod golden;
 mod metrics;
 mod sdk;

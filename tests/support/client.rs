@@ -50,6 +50,14 @@ pub(crate) struct Streamed {
     pub(crate) fault: Option<String>,
 }
 
+/// A whole answer with its tokens.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Wire {
+    /// Of each choice.
+    pub(crate) tokens: BTreeMap<u32, Vec<u32>>,
+    pub(crate) body: Value,
+}
+
 /// How one request of a load ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum End {
@@ -98,6 +106,17 @@ impl Client {
         Answer::read(request.send().await?).await
     }
 
+    /// POST as a balancer sends it, so that the tokens of each choice are seen; the body must not ask for a stream.
+    ///
+    /// # Panics
+    /// When it is refused, or ends before its time.
+    pub(crate) async fn wire(&self, url: &str, body: &Value) -> Wire {
+        let response = self.0.post(url).header("x-tidegate-stream", "1").json(body).send().await.unwrap();
+        let (status, text) = (response.status(), response.text().await.unwrap());
+        assert_eq!(status, 200, "{body}\n{text}");
+        Wire::read(&text).unwrap_or_else(|| panic!("{body}\nends early:\n{text}"))
+    }
+
     /// POST whose answer is a stream of events, read to its end; `event` is called at each event's data.
     pub(crate) async fn stream(&self, url: &str, body: &Value, mut event: impl FnMut(&Value)) -> Streamed {
         let mut streamed = Streamed::default();
@@ -130,6 +149,27 @@ impl Client {
             }
         }
         Ok(())
+    }
+}
+
+impl Wire {
+    /// Reads the events that a node sends to a balancer; none when the last one is missing.
+    fn read(text: &str) -> Option<Self> {
+        let (mut tokens, mut has_ended) = (BTreeMap::<u32, Vec<u32>>::new(), false);
+        for id in text.lines().filter_map(|line| line.strip_prefix("id: ")) {
+            let mut parts = id.split(':');
+            match (parts.next()?, parts.next(), parts.next()) {
+                ("end", ..) => has_ended = true,
+                (choice, Some(_), Some(ids)) => {
+                    let ids = ids.split(',').map(str::parse).collect::<Result<Vec<u32>, _>>().ok()?;
+                    tokens.entry(choice.parse().ok()?).or_default().extend(ids);
+                }
+                _ => return None,
+            }
+        }
+        let body = text.lines().rev().find_map(|line| line.strip_prefix("data: "))?;
+        let body: Value = serde_json::from_str(body).ok()?;
+        (has_ended && body["choices"].is_array()).then_some(Self { tokens, body })
     }
 }
 
