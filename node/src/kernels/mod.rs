@@ -52,24 +52,23 @@ pub struct CacheShape {
 /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) as a table of angles.
 #[derive(Debug, Clone)]
 pub struct Rope {
-    /// Whether pairs are neighbours (`2i`, `2i+1`), as in GGUF files of the Llama family, or halves (`i`, `i + D/2`).
+    /// Whether pairs are neighbours (`2i`, `2i+1`), as in GGUF files of the Llama family, or halves (`i`, `i + half`).
     pub interleaved: bool,
-    /// `[positions, D/2]`
+    /// `[positions, half]`
     pub cos: Vec<f32>,
-    /// `[positions, D/2]`
+    /// `[positions, half]`
     pub sin: Vec<f32>,
-    /// `D/2`
+    /// Pairs that are rotated; what lies behind the first `2 * half` values of a head stays as it is.
     pub half: usize,
 }
 
 impl Rope {
-    /// The table for `positions` positions of heads of `dim`, with frequencies `base^(-2i/dim)`.
-    pub fn new(positions: usize, dim: usize, base: f32, interleaved: bool) -> Self {
-        let half = dim / 2;
-        let angles = (0..positions)
-            .flat_map(|p| (0..half).map(move |i| p as f64 * f64::from(base).powf(-2.0 * i as f64 / dim as f64)));
-        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
-        Self { interleaved, cos, sin, half }
+    /// The table for `positions` positions: `position * inverse[i]` is the angle of pair `i`. Rotated pairs grow by `magnitude`.
+    pub fn new(positions: usize, inverse: &[f64], magnitude: f32, interleaved: bool) -> Self {
+        let angles = (0..positions).flat_map(|p| inverse.iter().map(move |f| p as f64 * f));
+        let magnitude = f64::from(magnitude);
+        let (cos, sin) = angles.map(|a| ((a.cos() * magnitude) as f32, (a.sin() * magnitude) as f32)).unzip();
+        Self { interleaved, cos, sin, half: inverse.len() }
     }
 
     /// Rotates one head in place.
@@ -88,17 +87,69 @@ impl Rope {
 /// Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467): gains, and the epsilon under the root.
 #[derive(Debug, Clone)]
 pub struct Norm {
-    /// `[E]`
+    /// `[E]`, or `[D]` over a head.
     pub gains: Vec<f32>,
     /// Keeps the root away from zero.
     pub epsilon: f32,
+}
+
+/// Norms over each query head and each key head before they are rotated (Dehghani et al. 2023, arXiv:2302.05442).
+#[derive(Debug, Clone)]
+pub struct HeadNorms {
+    /// For query heads, `[D]`.
+    pub query: Norm,
+    /// For key heads, `[D]`.
+    pub key: Norm,
+}
+
+/// What a row's queries see, and how they weigh it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct View {
+    /// Factor of the scores before softmax; `1/sqrt(D)` unless the model says otherwise.
+    pub scale: f32,
+    /// How many positions a row sees, its own among them; all before it when None (Beltagy et al. 2020, arXiv:2004.05150).
+    pub window: Option<usize>,
+}
+
+impl View {
+    /// The positions that a row at `position` sees.
+    pub fn positions(&self, position: usize) -> std::ops::Range<usize> {
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        first..position + 1
+    }
+}
+
+/// What the gate of a gated layer goes through. Both are `x * sigmoid(s(x))`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `s(x) = x` (Elfwing et al. 2017, arXiv:1702.03118).
+    Silu,
+    /// The tanh form of GELU, `s(x) = 2 * sqrt(2/pi) * (x + 0.044715 x^3)` (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+    GeluTanh,
+}
+
+/// A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): gated layers of which each row uses a few.
+#[derive(Debug)]
+pub struct Experts<M> {
+    /// `[N, E]`: one score for each of `N` experts.
+    pub router: M,
+    /// `N` times `[2F, E]`: gate and up.
+    pub gate_up: Vec<M>,
+    /// `N` times `[E, F]`.
+    pub down: Vec<M>,
+    /// Experts that each row uses.
+    pub used: usize,
+    /// Whether the weights of the used experts are made to add up to one.
+    pub is_normalized: bool,
+    /// What the gates go through.
+    pub activation: Activation,
 }
 
 /// A device that runs the operations of a model.
 ///
 /// Every operation works on all rows of its input and sets the number of rows of its output.
 pub trait Backend: Send {
-    /// A weight matrix `[N, K]` in the device's own layout; a product is `x @ W^T`.
+    /// A weight matrix `[N, K]` in the device's own layout, perhaps with a bias `[N]`; a product is `x @ W^T + bias`.
     type Matrix: Send;
     /// Activations `[T, width]`, f32.
     type Rows: Send;
@@ -108,8 +159,9 @@ pub trait Backend: Send {
     /// Device class: answers are equal within one class and build.
     fn class(&self) -> String;
 
-    /// Lays out weights for this device. Several matrices of equal `K` become one whose outputs stand side by side.
-    fn matrix(&self, parts: Vec<Weight>) -> Self::Matrix;
+    /// Lays out weights for this device. Several matrices of equal `K` become one whose outputs stand side by side; `bias` is as long
+    /// as all outputs, or empty.
+    fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Self::Matrix;
 
     /// Memory for activations.
     fn rows(&self, rows_max: usize, width: usize) -> Self::Rows;
@@ -122,23 +174,50 @@ pub trait Backend: Send {
     where
         Self: Sized;
 
-    /// `out[T, E] = table[tokens]`
-    fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], out: &mut Self::Rows);
+    /// `out[T, E] = scale * table[tokens]`
+    fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32, out: &mut Self::Rows);
 
     /// `out[T, N] = norm(x)[T, E] @ W^T`
     fn norm_linear(&mut self, x: &Self::Rows, norm: &Norm, w: &Self::Matrix, out: &mut Self::Rows);
 
-    /// Rotates queries and keys of `qkv[T, (H+2K)*D]` in place, and writes keys and values to their slots.
-    fn rope_write(&mut self, qkv: &mut Self::Rows, rope: &Rope, batch: &Batch, layer: usize, cache: &mut Self::Cache);
+    /// Norms and rotates queries and keys of `qkv[T, (H+2K)*D]` in place, and writes keys and values to their slots.
+    fn rope_write(
+        &mut self,
+        qkv: &mut Self::Rows,
+        norms: Option<&HeadNorms>,
+        rope: &Rope,
+        batch: &Batch,
+        layer: usize,
+        cache: &mut Self::Cache,
+    );
 
-    /// `out[T, H*D]`: each row's queries over all keys of its sequence up to its own position, scaled by `1/sqrt(D)`.
-    fn attention(&mut self, qkv: &Self::Rows, batch: &Batch, layer: usize, cache: &Self::Cache, out: &mut Self::Rows);
+    /// `out[T, H*D]`: each row's queries over the keys of its sequence that it sees.
+    fn attention(
+        &mut self,
+        qkv: &Self::Rows,
+        view: View,
+        batch: &Batch,
+        layer: usize,
+        cache: &Self::Cache,
+        out: &mut Self::Rows,
+    );
 
-    /// `residual[T, N] += x[T, K] @ W^T`
-    fn linear_add(&mut self, x: &Self::Rows, w: &Self::Matrix, residual: &mut Self::Rows);
+    /// `residual[T, N] += norm(x[T, K] @ W^T)`; without a norm, the product itself.
+    fn linear_add(&mut self, x: &Self::Rows, w: &Self::Matrix, norm: Option<&Norm>, residual: &mut Self::Rows);
 
-    /// `residual[T, N] += (silu(gate) * up)[T, F] @ W^T`, with `gate_up[T, 2F]`
-    fn gated_linear_add(&mut self, gate_up: &Self::Rows, w: &Self::Matrix, residual: &mut Self::Rows);
+    /// `residual[T, N] += norm((activation(gate) * up)[T, F] @ W^T)`, with `gate_up[T, 2F]`; without a norm, the product itself.
+    fn gated_linear_add(
+        &mut self,
+        gate_up: &Self::Rows,
+        activation: Activation,
+        w: &Self::Matrix,
+        norm: Option<&Norm>,
+        residual: &mut Self::Rows,
+    );
+
+    /// `residual[T, E] += sum of p_i * expert_i(x)` with `x = norm(residual)`, over the `used` experts of greatest probability `p =
+    /// softmax(x @ router^T)`; of equals the first.
+    fn experts_add(&mut self, norm: &Norm, experts: &Experts<Self::Matrix>, residual: &mut Self::Rows);
 
     /// `logits[S, V] = norm(x[rows]) @ W^T`
     fn head(&mut self, x: &Self::Rows, rows: &[u32], norm: &Norm, w: &Self::Matrix, logits: &mut Self::Rows);

@@ -1,7 +1,8 @@
 //! The fast CPU form against the plain reference, through whole tiny models and the same file loader.
 //!
-//! Method: one model of seeded random weights per quantized type; the same tokens through both backends; logits close for all types,
-//! and on the CPU equal to the bit however the tokens are cut into steps, whatever shares the batch, on any number of threads.
+//! Method: one model of seeded random weights per quantized type and per architecture; the same tokens through both backends; logits
+//! close for all types, and on the CPU equal to the bit however the tokens are cut into steps, whatever shares the batch, on any number
+//! of threads.
 
 use candle_core::quantized::GgmlDType;
 use proptest::prelude::*;
@@ -13,13 +14,17 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    model::{self, Capacity, Model, tiny},
+    model::{
+        self, Architecture, Capacity, Model,
+        tiny::{self, Tiny},
+    },
+    weights::Checkpoint,
 };
 
 const CAPACITY: Capacity = Capacity { batch_tokens_max: 64, context: 128, blocks: 32 };
 
-fn load<B: Backend + 'static>(dtype: GgmlDType, backend: B) -> Box<dyn Model> {
-    model::load(&tiny::llama(7, dtype), backend, CAPACITY).unwrap()
+fn load<B: Backend + 'static>(file: &Checkpoint, backend: B) -> Box<dyn Model> {
+    model::load(file, backend, CAPACITY).unwrap()
 }
 
 /// Logits after the last token, the tokens fed in pieces that end at `cuts`; `beside` is a second sequence that shares each step.
@@ -64,14 +69,34 @@ fn the_fast_form_is_close_to_the_reference_for_every_type() {
         (GgmlDType::Q5_1, 2e-3),
         (GgmlDType::Q8_0, 3e-2),
     ];
-    let tokens: Vec<u32> = (0..40).map(|i| i * 29 % 64).collect();
     for (dtype, tolerance) in types {
-        let expected = logits(&mut *load(dtype, Reference), &tokens, &[], &[]);
-        for isa in Isa::all_here() {
-            let found = logits(&mut *load(dtype, Cpu::with_isa(2, isa)), &tokens, &[], &[]);
-            let error = error(&found, &expected);
-            assert!(error < tolerance, "{dtype:?} on {}: relative error {error}", isa.name());
+        let file = tiny::llama(7, dtype);
+        compare(&format!("{dtype:?}"), &file, tolerance);
+    }
+    for dtype in [GgmlDType::Q2K, GgmlDType::Q3K, GgmlDType::Q4K, GgmlDType::Q5K, GgmlDType::Q6K] {
+        // these have blocks of 256 values
+        let file = Tiny::new(Architecture::Llama).wide().build(7, dtype);
+        compare(&format!("{dtype:?}"), &file, 2e-3);
+    }
+}
+
+#[test]
+fn the_fast_form_is_close_to_the_reference_for_every_architecture() {
+    for arch in Architecture::ALL {
+        // in a mixture an error also moves the experts' weights
+        for (dtype, tolerance) in [(GgmlDType::F32, 4e-3), (GgmlDType::Q8_0, 6e-2)] {
+            compare(arch.name(), &tiny::model(arch, 7, dtype), tolerance);
         }
+    }
+}
+
+fn compare(what: &str, file: &Checkpoint, tolerance: f32) {
+    let tokens: Vec<u32> = (0..40).map(|i| i * 29 % 64).collect();
+    let expected = logits(&mut *load(file, Reference), &tokens, &[], &[]);
+    for isa in Isa::all_here() {
+        let found = logits(&mut *load(file, Cpu::with_isa(2, isa)), &tokens, &[], &[]);
+        let error = error(&found, &expected);
+        assert!(error < tolerance, "{what} on {}: relative error {error}", isa.name());
     }
 }
 
@@ -88,10 +113,13 @@ proptest! {
     ) {
         cuts.retain(|c| *c < tokens.len());
         cuts.sort_unstable();
-        for dtype in [GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::F16] {
-            let alone = logits(&mut *load(dtype, Cpu::new(1)), &tokens, &[], &[]);
-            let together = logits(&mut *load(dtype, Cpu::new(threads)), &tokens, &cuts, &beside);
-            prop_assert!(alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits()));
+        let types = [GgmlDType::Q8_0, GgmlDType::F16].map(|dtype| (Architecture::Llama, dtype));
+        for (arch, dtype) in types.into_iter().chain(Architecture::ALL.map(|arch| (arch, GgmlDType::Q4_1))) {
+            let file = tiny::model(arch, 7, dtype);
+            let alone = logits(&mut *load(&file, Cpu::new(1)), &tokens, &[], &[]);
+            let together = logits(&mut *load(&file, Cpu::new(threads)), &tokens, &cuts, &beside);
+            let is_equal = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
+            prop_assert!(is_equal, "{} {dtype:?}", arch.name());
         }
     }
 }

@@ -1,17 +1,18 @@
 //! Every operation in its plainest form: dense f32 weights, one loop per sum. The oracle of the fast forms; never the fast one itself.
 
-use super::{Backend, CacheShape, Heads, Norm, Rope};
+use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Heads, Norm, Rope, View};
 use crate::{batch::Batch, kv::BLOCK_TOKENS, weights::Weight};
 
 /// The plain device.
 #[derive(Debug, Default)]
 pub struct Reference;
 
-/// Dense weights, `[N, K]`.
+/// Dense weights, `[N, K]`, and a bias, `[N]` or empty.
 #[derive(Debug)]
 pub struct Dense {
     k: usize,
     values: Vec<f32>,
+    bias: Vec<f32>,
 }
 
 /// Activations, `[T, width]`.
@@ -24,6 +25,10 @@ pub struct Rows {
 impl Rows {
     fn iter(&self) -> impl Iterator<Item = &[f32]> {
         self.values.chunks_exact(self.width)
+    }
+
+    fn row(&self, row: u32) -> &[f32] {
+        &self.values[row as usize * self.width..][..self.width]
     }
 }
 
@@ -44,13 +49,54 @@ fn norm(x: &[f32], norm: &Norm) -> Vec<f32> {
     x.iter().zip(&norm.gains).map(|(x, g)| x * scale * g).collect()
 }
 
-fn silu(x: f32) -> f32 {
-    x / (1.0 + (-x).exp())
+fn activate(activation: Activation, x: f32) -> f32 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f32::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        }
+    }
+}
+
+/// `activation(gate) * up`
+fn gated(activation: Activation, gate_up: &[f32]) -> Vec<f32> {
+    let (gate, up) = gate_up.split_at(gate_up.len() / 2);
+    gate.iter().zip(up).map(|(g, u)| activate(activation, *g) * u).collect()
+}
+
+fn softmax(scores: &[f32]) -> Vec<f32> {
+    let max = scores.iter().copied().fold(f32::MIN, f32::max);
+    let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
+    let total: f32 = weights.iter().sum();
+    weights.iter().map(|w| w / total).collect()
 }
 
 impl Dense {
     fn apply(&self, x: &[f32]) -> Vec<f32> {
-        self.values.chunks_exact(self.k).map(|row| dot(row, x)).collect()
+        let products = self.values.chunks_exact(self.k).map(|row| dot(row, x));
+        if self.bias.is_empty() { products.collect() } else { products.zip(&self.bias).map(|(p, b)| p + b).collect() }
+    }
+}
+
+impl Experts<Dense> {
+    /// The experts that a row uses, with their weights, in the order of the experts.
+    fn choose(&self, x: &[f32]) -> Vec<(usize, f32)> {
+        let mut choice: Vec<(usize, f32)> = softmax(&self.router.apply(x)).into_iter().enumerate().collect();
+        choice.sort_by(|a, b| b.1.total_cmp(&a.1));
+        choice.truncate(self.used);
+        let total: f32 = if self.is_normalized { choice.iter().map(|(_, p)| p).sum() } else { 1.0 };
+        choice.iter_mut().for_each(|(_, p)| *p /= total);
+        choice.sort_by_key(|(expert, _)| *expert);
+        choice
+    }
+
+    fn apply(&self, x: &[f32]) -> Vec<f32> {
+        let mut sum = vec![0.0; x.len()];
+        for (expert, weight) in self.choose(x) {
+            let out = self.down[expert].apply(&gated(self.activation, &self.gate_up[expert].apply(x)));
+            sum.iter_mut().zip(out).for_each(|(s, o)| *s += weight * o);
+        }
+        sum
     }
 }
 
@@ -63,9 +109,9 @@ impl Backend for Reference {
         "reference".into()
     }
 
-    fn matrix(&self, parts: Vec<Weight>) -> Dense {
+    fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Dense {
         let k = parts[0].cols();
-        Dense { k, values: parts.iter().flat_map(Weight::dequantize).collect() }
+        Dense { k, values: parts.iter().flat_map(Weight::dequantize).collect(), bias }
     }
 
     fn rows(&self, _rows_max: usize, width: usize) -> Rows {
@@ -81,26 +127,40 @@ impl Backend for Reference {
         shape.layers * BLOCK_TOKENS * shape.heads.kv * shape.heads.dim * 2 * size_of::<f32>()
     }
 
-    fn embed(&mut self, table: &Dense, tokens: &[u32], out: &mut Rows) {
-        out.values = tokens.iter().flat_map(|t| &table.values[*t as usize * table.k..][..table.k]).copied().collect();
+    fn embed(&mut self, table: &Dense, tokens: &[u32], scale: f32, out: &mut Rows) {
+        let rows = tokens.iter().flat_map(|t| &table.values[*t as usize * table.k..][..table.k]);
+        out.values = rows.map(|x| x * scale).collect();
     }
 
     fn norm_linear(&mut self, x: &Rows, gains: &Norm, w: &Dense, out: &mut Rows) {
         out.values = x.iter().flat_map(|row| w.apply(&norm(row, gains))).collect();
     }
 
-    fn rope_write(&mut self, qkv: &mut Rows, rope: &Rope, batch: &Batch, layer: usize, cache: &mut Cache) {
+    fn rope_write(
+        &mut self,
+        qkv: &mut Rows,
+        norms: Option<&HeadNorms>,
+        rope: &Rope,
+        batch: &Batch,
+        layer: usize,
+        cache: &mut Cache,
+    ) {
         let Heads { query, kv, dim } = cache.heads;
         for (row, qkv) in qkv.values.chunks_exact_mut(qkv.width).enumerate() {
             let (rotated, value) = qkv.split_at_mut((query + kv) * dim);
-            rotated.chunks_exact_mut(dim).for_each(|head| rope.rotate(head, batch.positions[row] as usize));
+            for (i, head) in rotated.chunks_exact_mut(dim).enumerate() {
+                if let Some(norms) = norms {
+                    head.copy_from_slice(&norm(head, if i < query { &norms.query } else { &norms.key }));
+                }
+                rope.rotate(head, batch.positions[row] as usize);
+            }
             let at = batch.slots[row] as usize * kv * dim;
             cache.keys[layer][at..at + kv * dim].copy_from_slice(&rotated[query * dim..]);
             cache.values[layer][at..at + kv * dim].copy_from_slice(value);
         }
     }
 
-    fn attention(&mut self, qkv: &Rows, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
+    fn attention(&mut self, qkv: &Rows, view: View, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
         let Heads { query, kv, dim } = cache.heads;
         out.values = Vec::with_capacity(batch.tokens.len() * query * dim);
         for span in &batch.spans {
@@ -109,48 +169,53 @@ impl Backend for Reference {
             };
             for row in 0..span.rows {
                 let q = &qkv.values[(span.first_row + row) * qkv.width..];
+                let seen = view.positions(span.start + row);
                 for head in 0..query {
                     let q = &q[head * dim..][..dim];
                     let at = |position: usize| (slot(position) * kv + head / (query / kv)) * dim;
-                    let scores = (0..=span.start + row)
-                        .map(|p| dot(q, &cache.keys[layer][at(p)..][..dim]) / (dim as f32).sqrt());
-                    let scores: Vec<f32> = scores.collect();
-                    let max = scores.iter().copied().fold(f32::MIN, f32::max);
-                    let weights: Vec<f32> = scores.iter().map(|s| (s - max).exp()).collect();
-                    let total: f32 = weights.iter().sum();
-                    let mixed = (0..dim).map(|d| {
-                        weights.iter().enumerate().map(|(p, w)| w * cache.values[layer][at(p) + d]).sum::<f32>()
-                    });
-                    out.values.extend(mixed.map(|v| v / total));
+                    let scores = seen.clone().map(|p| dot(q, &cache.keys[layer][at(p)..][..dim]) * view.scale);
+                    let weights = softmax(&scores.collect::<Vec<f32>>());
+                    out.values.extend((0..dim).map(|d| {
+                        seen.clone().zip(&weights).map(|(p, w)| w * cache.values[layer][at(p) + d]).sum::<f32>()
+                    }));
                 }
             }
         }
     }
 
-    fn linear_add(&mut self, x: &Rows, w: &Dense, residual: &mut Rows) {
-        let added = x.iter().flat_map(|row| w.apply(row));
+    fn linear_add(&mut self, x: &Rows, w: &Dense, gains: Option<&Norm>, residual: &mut Rows) {
+        let added = x.iter().flat_map(|row| {
+            let out = w.apply(row);
+            if let Some(gains) = gains { norm(&out, gains) } else { out }
+        });
         residual.values.iter_mut().zip(added).for_each(|(r, a)| *r += a);
     }
 
-    fn gated_linear_add(&mut self, gate_up: &Rows, w: &Dense, residual: &mut Rows) {
-        let gated = gate_up.iter().flat_map(|row| {
-            let (gate, up) = row.split_at(row.len() / 2);
-            gate.iter().zip(up).map(|(g, u)| silu(*g) * u)
-        });
-        let gated = Rows { width: gate_up.width / 2, values: gated.collect() };
-        self.linear_add(&gated, w, residual);
+    fn gated_linear_add(
+        &mut self,
+        gate_up: &Rows,
+        activation: Activation,
+        w: &Dense,
+        gains: Option<&Norm>,
+        residual: &mut Rows,
+    ) {
+        let values = gate_up.iter().flat_map(|row| gated(activation, row)).collect();
+        self.linear_add(&Rows { width: gate_up.width / 2, values }, w, gains, residual);
+    }
+
+    fn experts_add(&mut self, gains: &Norm, experts: &Experts<Dense>, residual: &mut Rows) {
+        for row in residual.values.chunks_exact_mut(residual.width) {
+            let out = experts.apply(&norm(row, gains));
+            row.iter_mut().zip(out).for_each(|(r, o)| *r += o);
+        }
     }
 
     fn head(&mut self, x: &Rows, rows: &[u32], gains: &Norm, w: &Dense, logits: &mut Rows) {
-        logits.values = rows
-            .iter()
-            .flat_map(|row| w.apply(&norm(&x.values[*row as usize * x.width..][..x.width], gains)))
-            .collect();
+        logits.values = rows.iter().flat_map(|row| w.apply(&norm(x.row(*row), gains))).collect();
     }
 
     fn normed(&mut self, x: &Rows, rows: &[u32], gains: &Norm, out: &mut Rows) {
-        let row = |row: &u32| norm(&x.values[*row as usize * x.width..][..x.width], gains);
-        out.values = rows.iter().flat_map(row).collect();
+        out.values = rows.iter().flat_map(|row| norm(x.row(*row), gains)).collect();
     }
 
     fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {

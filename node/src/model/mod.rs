@@ -1,15 +1,23 @@
-//! Models: tensors and [`Batch`], never requests. One architecture a file, written once over [`Backend`].
+//! Models: tensors and [`Batch`], never requests. One forward pass over [`Backend`], and a file for each architecture that says in what
+//! it differs.
 
+mod decoder;
+mod plan;
+mod rope;
 mod llama;
+mod qwen;
+mod gemma;
+mod phi;
 
 use crate::{
     batch::Batch,
-    kernels::{Backend, CacheShape, Heads},
+    kernels::Backend,
     kv::BLOCK_TOKENS,
     weights::{Checkpoint, LoadError},
 };
 
-pub use llama::Llama;
+use self::{decoder::Decoder, plan::Source};
+pub use plan::{Plan, Shape};
 
 /// What the engine asks of a model.
 pub trait Model: Send {
@@ -35,64 +43,6 @@ pub struct Output<'a> {
     pub hidden: &'a [f32],
 }
 
-/// Shape of a decoder, read from a model file and checked against sane bounds.
-#[derive(Debug, Clone)]
-pub struct Shape {
-    /// Layers.
-    pub layers: usize,
-    /// Embedding width, `E`.
-    pub width: usize,
-    /// Width of the gated layer, `F`.
-    pub gate_width: usize,
-    /// Attention heads.
-    pub heads: Heads,
-    /// Vocabulary, `V`.
-    pub vocab: usize,
-    /// Positions that the model was trained for.
-    pub context: usize,
-    /// Base of the rotary frequencies.
-    pub rope_base: f32,
-    /// Epsilon of the norms.
-    pub epsilon: f32,
-}
-
-impl Shape {
-    /// Reads the shape under the architecture's prefix.
-    ///
-    /// # Errors
-    /// When a value is missing or absurd.
-    pub fn read(checkpoint: &Checkpoint, arch: &str) -> Result<Self, LoadError> {
-        let number = |key: &str, max: usize| checkpoint.number_in(&format!("{arch}.{key}"), 1..=max);
-        let width = number("embedding_length", 1 << 16)?;
-        let query = number("attention.head_count", 1 << 10)?;
-        let kv = checkpoint.number(&format!("{arch}.attention.head_count_kv")).unwrap_or(query);
-        let dim = checkpoint.number(&format!("{arch}.attention.key_length")).unwrap_or(width / query);
-        if kv == 0 || !query.is_multiple_of(kv) || dim == 0 || dim > 1 << 10 || !dim.is_multiple_of(2) {
-            return Err(checkpoint
-                .broken(format!("{query} query heads, {kv} key-value heads of width {dim} do not fit together")));
-        }
-        let vocab = match checkpoint.dims("token_embd.weight") {
-            Some(&[vocab, _]) if vocab > 0 => vocab,
-            _ => return Err(checkpoint.broken("tensor 'token_embd.weight' is missing or no matrix")),
-        };
-        Ok(Self {
-            layers: number("block_count", 1 << 10)?,
-            width,
-            gate_width: number("feed_forward_length", 1 << 20)?,
-            heads: Heads { query, kv, dim },
-            vocab,
-            context: number("context_length", 1 << 24)?,
-            rope_base: checkpoint.real(&format!("{arch}.rope.freq_base")).unwrap_or(10_000.0),
-            epsilon: checkpoint.real(&format!("{arch}.attention.layer_norm_rms_epsilon")).unwrap_or(1e-5),
-        })
-    }
-
-    /// Shape of the cache with `blocks` blocks.
-    pub fn cache(&self, blocks: usize) -> CacheShape {
-        CacheShape { layers: self.layers, blocks, heads: self.heads }
-    }
-}
-
 /// Sizes that a model is loaded for.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
@@ -111,81 +61,192 @@ impl Capacity {
     }
 }
 
-/// Architecture of a file, when it is one of ours.
-///
-/// # Errors
-/// When it is missing, another, or a variant that this code would compute wrongly.
-pub fn architecture(checkpoint: &Checkpoint) -> Result<&str, LoadError> {
-    let arch = match checkpoint.text("general.architecture") {
-        Some(arch @ "llama") => arch,
-        Some(other) => {
-            let text = format!("architecture '{other}' is not supported yet; supported: llama");
-            return Err(LoadError::Unsupported(text));
-        }
-        None => return Err(checkpoint.broken("'general.architecture' is missing")),
-    };
-    let is_scaled = checkpoint.text(&format!("{arch}.rope.scaling.type")).is_some_and(|kind| kind != "none");
-    let variants = [
-        ("scaled rotary positions", is_scaled || checkpoint.has("rope_freqs.weight")),
-        ("mixtures of experts", checkpoint.number(&format!("{arch}.expert_count")).is_some_and(|n| n > 0)),
-        ("biases in attention", checkpoint.has("blk.0.attn_q.bias")),
-        ("partly rotated heads", partly_rotated(checkpoint, arch)),
-    ];
-    match variants.iter().find(|(_, is_so)| *is_so) {
-        Some((what, _)) => Err(LoadError::Unsupported(format!("this model has {what}, which are not supported yet"))),
-        None => Ok(arch),
-    }
+/// The architectures that we compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Llama 2 and 3, SmolLM 2, Mistral, Mixtral.
+    Llama,
+    /// Qwen 2 and 2.5.
+    Qwen2,
+    /// Qwen 3, dense.
+    Qwen3,
+    /// Qwen 3 with a mixture of experts.
+    Qwen3Moe,
+    /// Gemma 3, text.
+    Gemma3,
+    /// Phi-3, Phi-3.5, Phi-4-mini.
+    Phi3,
 }
 
-fn partly_rotated(checkpoint: &Checkpoint, arch: &str) -> bool {
-    let number = |key: &str| checkpoint.number(&format!("{arch}.{key}"));
-    let head = number("attention.key_length")
-        .or_else(|| number("embedding_length")?.checked_div(number("attention.head_count")?));
-    number("rope.dimension_count").is_some_and(|rotated| Some(rotated) != head)
+impl Architecture {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Llama, Self::Qwen2, Self::Qwen3, Self::Qwen3Moe, Self::Gemma3, Self::Phi3];
+
+    /// The name in model files, which their keys begin with.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3moe",
+            Self::Gemma3 => "gemma3",
+            Self::Phi3 => "phi3",
+        }
+    }
+
+    /// The architecture of a file.
+    ///
+    /// # Errors
+    /// When it is missing, or none of ours.
+    pub fn of(file: &Checkpoint) -> Result<Self, LoadError> {
+        let Some(name) = file.text("general.architecture") else {
+            return Err(file.broken("'general.architecture' is missing"));
+        };
+        let supported = || Self::ALL.map(Self::name).join(", ");
+        let other = || format!("architecture '{name}' is not supported; supported: {}", supported());
+        Self::ALL.into_iter().find(|arch| arch.name() == name).ok_or_else(|| LoadError::Unsupported(other()))
+    }
+
+    fn plan(self, source: &Source) -> Result<Plan, LoadError> {
+        match self {
+            Self::Llama => llama::plan(source),
+            Self::Qwen2 | Self::Qwen3 | Self::Qwen3Moe => qwen::plan(source),
+            Self::Gemma3 => gemma::plan(source),
+            Self::Phi3 => phi::plan(source),
+        }
+    }
 }
 
 /// Loads the model of a file onto a backend.
 ///
 /// # Errors
-/// When the file lacks a tensor, or one has the wrong shape.
+/// When the file is of no architecture of ours, lacks a tensor, or one has the wrong shape.
 pub fn load<B: Backend + 'static>(
-    checkpoint: &Checkpoint,
+    file: &Checkpoint,
     backend: B,
     capacity: Capacity,
 ) -> Result<Box<dyn Model>, LoadError> {
-    let arch = architecture(checkpoint)?;
-    Ok(Box::new(Llama::load(checkpoint, &Shape::read(checkpoint, arch)?, backend, capacity)?))
+    Ok(Box::new(Decoder::load(file, &Plan::read(file)?, backend, capacity)?))
 }
 
 #[cfg(test)]
 pub(crate) mod tiny;
 
 #[cfg(test)]
+mod against_candle;
+
+#[cfg(test)]
 mod tests {
     use candle_core::quantized::{GgmlDType, gguf_file::Value};
 
     use super::*;
+    use tiny::Tiny;
+
+    fn refusal(tiny: Tiny) -> String {
+        Plan::read(&tiny.build(1, GgmlDType::F32)).unwrap_err().to_string()
+    }
 
     /// A model that would be computed wrongly is refused when it is loaded.
     #[test]
     fn variants_that_are_not_supported_are_refused_by_name() {
-        let refusal = |key: &str, value: Value| {
-            let checkpoint = tiny::llama_with(1, GgmlDType::F32, &[(key, value)]);
-            architecture(&checkpoint).map(str::to_owned).unwrap_err().to_string()
-        };
-        assert!(refusal("llama.rope.scaling.type", Value::String("yarn".into())).contains("scaled rotary"));
-        assert!(refusal("llama.expert_count", Value::U32(8)).contains("mixtures of experts"));
-        assert!(refusal("llama.rope.dimension_count", Value::U32(8)).contains("partly rotated"));
-        assert!(architecture(&tiny::llama(1, GgmlDType::F32)).is_ok());
+        let llama = || Tiny::new(Architecture::Llama);
+        let cases = [
+            ("rope.scaling.type", Value::String("dynamic".into()), "'dynamic'"),
+            ("final_logit_softcapping", Value::F32(30.0), "soft caps on logits"),
+            ("expert_shared_count", Value::U32(1), "shared experts"),
+            ("residual_scale", Value::F32(0.2), "scaled residuals"),
+        ];
+        for (key, value, expected) in cases {
+            let text = refusal(llama().with(key, value));
+            assert!(text.contains(expected), "{text}");
+        }
+        assert!(Plan::read(&tiny::llama(1, GgmlDType::F32)).is_ok());
+        assert!(Plan::read(&llama().with("final_logit_softcapping", Value::F32(0.0)).build(1, GgmlDType::F32)).is_ok());
     }
 
     #[test]
-    fn absurd_shapes_are_refused() {
-        for (key, value) in
-            [("llama.attention.head_count_kv", 3), ("llama.attention.head_count", 0), ("llama.attention.key_length", 7)]
-        {
-            let checkpoint = tiny::llama_with(1, GgmlDType::F32, &[(key, Value::U32(value))]);
-            assert!(Shape::read(&checkpoint, "llama").is_err(), "{key} = {value} passed");
+    fn a_foreign_architecture_is_refused_with_the_ones_we_have() {
+        let file = tiny::file(1, GgmlDType::F32, &[("general.architecture", Value::String("rwkv".into()))]);
+        let file = Checkpoint::from_bytes(std::path::Path::new("m.gguf"), file.into()).unwrap();
+        let text = Plan::read(&file).unwrap_err().to_string();
+        assert!(text.contains("'rwkv'") && text.contains("qwen3moe") && text.contains("gemma3"), "{text}");
+    }
+
+    #[test]
+    fn absurd_values_are_refused_by_their_key() {
+        let cases = [
+            ("attention.head_count_kv", Value::U32(3)),
+            ("attention.head_count_kv", Value::Array(vec![Value::U32(2), Value::U32(4)])),
+            ("attention.head_count", Value::U32(0)),
+            ("attention.key_length", Value::U32(7)),
+            ("attention.value_length", Value::U32(8)),
+            ("block_count", Value::U32(u32::MAX)),
+            ("embedding_length", Value::U64(u64::MAX)),
+            ("context_length", Value::I32(-1)),
+            ("rope.dimension_count", Value::U32(32)),
+            ("rope.freq_base", Value::F32(f32::NAN)),
+            ("attention.layer_norm_rms_epsilon", Value::F32(-1.0)),
+            ("attention.sliding_window", Value::String("4096".into())),
+            ("attention.scale", Value::F32(f32::INFINITY)),
+        ];
+        for (key, value) in cases {
+            let text = refusal(Tiny::new(Architecture::Llama).with(key, value.clone()));
+            let named = key.split('.').next_back().unwrap();
+            assert!(text.contains(named) || text.contains("do not fit together"), "{key} = {value:?}: {text}");
         }
+        let more_used_than_there = Tiny::new(Architecture::Qwen3Moe).with("expert_used_count", Value::U32(9));
+        assert!(refusal(more_used_than_there).contains("expert_used_count"));
+    }
+
+    /// A head that lies about sizes meets tensors that do not, before anything is allocated for it.
+    #[test]
+    fn a_size_that_the_tensors_do_not_have_is_an_error_that_names_one() {
+        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+        for arch in Architecture::ALL {
+            for (key, value) in [("feed_forward_length", 1 << 20), ("block_count", 1000), ("embedding_length", 1 << 16)]
+            {
+                let file = Tiny::new(arch).with(key, Value::U32(value)).build(1, GgmlDType::F32);
+                let error = load(&file, crate::kernels::cpu::Cpu::new(1), capacity).err().unwrap().to_string();
+                assert!(error.contains("tensor '"), "{} {key}: {error}", arch.name());
+            }
+        }
+    }
+
+    /// What nothing reads would make a difference that we do not know.
+    #[test]
+    fn a_tensor_without_a_place_is_refused_by_name() {
+        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+        let load = |name: &str| {
+            let file = Tiny::new(Architecture::Llama).with_vector(name, vec![0.5; 64]).build(1, GgmlDType::F32);
+            load(&file, crate::kernels::cpu::Cpu::new(1), capacity).map(drop).map_err(|e| e.to_string())
+        };
+        assert!(load("blk.1.attn_output.bias").unwrap_err().contains("'blk.1.attn_output.bias'"));
+        assert!(load("blk.1.attn_rot_embd.weight").is_ok());
+    }
+
+    #[test]
+    fn gemma_stretches_only_the_frequencies_of_layers_that_see_everything() {
+        let tiny = Tiny::new(Architecture::Gemma3);
+        let [plain, scaled] = [
+            tiny.clone(),
+            tiny.with("rope.scaling.type", Value::String("linear".into())).with("rope.scaling.factor", Value::F32(8.0)),
+        ]
+        .map(|tiny| Plan::read(&tiny.build(1, GgmlDType::F32)).unwrap().ropes);
+        let angles = |rope: &rope::RopePlan| rope.table(2).sin.iter().map(|s| s.asin()).collect::<Vec<f32>>();
+        let (plain_global, scaled_global) = (angles(&plain[0]), angles(&scaled[0]));
+        // 16 pairs, position 0 and then 1, whose sine is still that of an angle below a quarter turn
+        assert!(plain_global[16..].iter().zip(&scaled_global[16..]).all(|(a, b)| (a / b - 8.0).abs() < 1e-3));
+        assert_eq!(angles(&plain[1]), angles(&scaled[1]));
+    }
+
+    /// The window of Gemma 3 by its default: five layers have it, the sixth has not, and turns by another base.
+    #[test]
+    fn gemma_sees_everything_in_each_sixth_layer() {
+        let tiny = Tiny::new(Architecture::Gemma3).with("attention.sliding_window_pattern", Value::U32(6));
+        let plan = Plan::read(&tiny.with("block_count", Value::U32(12)).build(1, GgmlDType::F32)).unwrap();
+        let global: Vec<usize> = (0..12).filter(|i| plan.layers[*i].view.window.is_none()).collect();
+        assert_eq!(global, [5, 11]);
+        assert!(plan.layers.iter().all(|layer| (layer.rope == 0) == layer.view.window.is_none()));
+        assert_eq!(plan.layers[0].view.window, Some(7));
     }
 }

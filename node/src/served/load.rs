@@ -10,7 +10,7 @@ use crate::{
     kernels::{Backend, cpu::Cpu},
     kv::BLOCK_TOKENS,
     machine::Memory,
-    model::{self, Capacity, Shape},
+    model::{self, Capacity, Plan, Shape},
     models::{ModelError, Store},
     sched::Limits,
     sizes,
@@ -38,7 +38,7 @@ pub(super) fn load(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), Serv
     let checkpoint = Checkpoint::open(&path)?;
     let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
     let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
-    let shape = Shape::read(&checkpoint, model::architecture(&checkpoint)?)?;
+    let shape = Plan::read(&checkpoint)?.shape;
     let capacity = capacity::<Cpu>(config, &shape)?;
     let mut model = model::load(&checkpoint, Cpu::new(config.engine.threads), capacity)?;
     let device = model.device_class();

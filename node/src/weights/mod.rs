@@ -125,6 +125,11 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
+    /// The names of all tensors, in no order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// A tensor's dimensions, outermost first: `[rows, cols]` of a matrix.
     pub fn dims(&self, name: &str) -> Option<&[usize]> {
         self.tensors.get(name).map(|stored| stored.dims.as_slice())

@@ -3,6 +3,8 @@
 //! A block holds, for each key-value head, the keys as `[D, 16]` (so 16 scores come from one pass over `D`) and the values as
 //! `[16, D]`. All query heads of a key-value head are served by one read of it.
 
+use std::ops::Range;
+
 use half::f16;
 
 use super::{
@@ -96,11 +98,10 @@ for_each_isa! {
     }
 }
 
-/// One row of queries against the keys and values of positions `0..context`, for the query heads of `kv_head`.
+/// One row of queries against the keys and values of positions `seen`, for the query heads of `kv_head`.
 ///
 /// # Shapes
-/// `queries`, `out`: `[H / K, D]`; `blocks`: the sequence's block table; `scores`: scratch for one head, at least `context` rounded up
-/// to whole blocks.
+/// `queries`, `out`: `[H / K, D]`; `blocks`: the sequence's block table; `scores`: scratch.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attend(
     isa: Isa,
@@ -108,31 +109,35 @@ pub(crate) fn attend(
     layer: usize,
     kv_head: usize,
     blocks: &[u32],
-    context: usize,
+    seen: Range<usize>,
+    scale: f32,
     queries: &[f32],
     scores: &mut Vec<f32>,
     out: &mut [f32],
 ) {
     let dim = cache.heads.dim;
-    let scale = 1.0 / (dim as f32).sqrt();
     let group = queries.len() / dim;
-    let stride = context.next_multiple_of(BLOCK_TOKENS);
+    let blocks = &blocks[seen.start / BLOCK_TOKENS..seen.end.div_ceil(BLOCK_TOKENS)];
+    // what the first block holds before the window
+    let unseen = seen.start % BLOCK_TOKENS;
+    let (stride, end) = (blocks.len() * BLOCK_TOKENS, unseen + seen.len());
     scores.resize(group * stride, 0.0);
-    for (b, block) in blocks[..context.div_ceil(BLOCK_TOKENS)].iter().enumerate() {
+    for (b, block) in blocks.iter().enumerate() {
         let (keys, _) = cache.head(layer, *block as usize, kv_head);
         for (g, q) in queries.chunks_exact(dim).enumerate() {
             let (scores, _) = scores[g * stride + b * BLOCK_TOKENS..].as_chunks_mut();
             score_block(isa, q, keys, scale, &mut scores[0]);
         }
     }
-    scores.chunks_exact_mut(stride).for_each(|scores| rowwise::softmax(isa, &mut scores[..context]));
+    scores.chunks_exact_mut(stride).for_each(|scores| rowwise::softmax(isa, &mut scores[unseen..end]));
     out.fill(0.0);
-    for (b, block) in blocks[..context.div_ceil(BLOCK_TOKENS)].iter().enumerate() {
+    for (b, block) in blocks.iter().enumerate() {
         let (_, values) = cache.head(layer, *block as usize, kv_head);
+        let first = b * BLOCK_TOKENS;
+        let skipped = unseen.saturating_sub(first);
         for (g, out) in out.chunks_exact_mut(dim).enumerate() {
-            let first = b * BLOCK_TOKENS;
-            let weights = &scores[g * stride + first..][..BLOCK_TOKENS.min(context - first)];
-            mix_block(isa, weights, values, out);
+            let weights = &scores[g * stride + first..][skipped..BLOCK_TOKENS.min(end - first)];
+            mix_block(isa, weights, &values[skipped * dim..], out);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod isa;
 mod attention;
+mod experts;
 mod pool;
 mod rowwise;
 mod tiles;
@@ -10,12 +11,13 @@ use std::{cell::RefCell, ops::Range};
 
 use self::{
     attention::Cache as PagedCache,
+    experts::Routes,
     isa::Isa,
     pool::Pool,
     rowwise::QUANT_BLOCK,
     tiles::{Quantized, TILE_ROWS, Tiles},
 };
-use super::{Backend, CacheShape, Heads, Norm, Rope};
+use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Heads, Norm, Rope, View};
 use crate::{batch::Batch, weights::Weight};
 
 /// Tile rows that a thread takes at a time.
@@ -26,11 +28,29 @@ const WEIGHT_ROWS_A_TURN: usize = 16;
 
 /// The cores of this machine.
 pub struct Cpu {
-    isa: Isa,
-    pool: Pool,
+    cores: Cores,
     /// Activations after norm or gate, `[T, K]`.
     staged: Rows,
+    /// What a product gives before it is normed or weighed, `[T, N]`.
+    product: Rows,
+    mixture: Mixture,
+}
+
+/// What multiplies.
+struct Cores {
+    isa: Isa,
+    pool: Pool,
     quantized: QuantizedRows,
+}
+
+/// Buffers of a mixture of experts.
+#[derive(Debug, Default)]
+struct Mixture {
+    routes: Routes,
+    /// The rows of one expert, `[n, E]`.
+    gathered: Rows,
+    /// `[n, 2F]`
+    gate_up: Rows,
 }
 
 /// Activations, `[T, width]`.
@@ -40,10 +60,11 @@ pub struct Rows {
     values: Vec<f32>,
 }
 
-/// Weights of one or more matrices whose outputs stand side by side.
+/// Weights of one or more matrices whose outputs stand side by side, and a bias, `[N]` or empty.
 #[derive(Debug)]
 pub struct Matrix {
     parts: Vec<Part>,
+    bias: Vec<f32>,
     rows: usize,
     cols: usize,
 }
@@ -136,12 +157,13 @@ impl Cpu {
 
     /// A device on given instructions, for tests that compare them.
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
-        Self { isa, pool: Pool::new(threads), staged: Rows::default(), quantized: QuantizedRows::default() }
+        let cores = Cores { isa, pool: Pool::new(threads), quantized: QuantizedRows::default() };
+        Self { cores, staged: Rows::default(), product: Rows::default(), mixture: Mixture::default() }
     }
 
     fn pack(&self, weight: Weight) -> Part {
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512Vnni
+        if self.cores.isa == Isa::Avx512Vnni
             && let Some(tiles) = Tiles::pack(&weight)
         {
             return Part::Packed(tiles);
@@ -153,29 +175,73 @@ impl Cpu {
     fn stage_normed(&mut self, x: &Rows, rows: impl ExactSizeIterator<Item = usize>, norm: &Norm) {
         self.staged.resize(rows.len(), x.width);
         for (i, row) in rows.enumerate() {
-            rowwise::rms_norm(self.isa, x.row(row), &norm.gains, norm.epsilon, self.staged.row_mut(i));
+            rowwise::rms_norm(self.cores.isa, x.row(row), &norm.gains, norm.epsilon, self.staged.row_mut(i));
         }
     }
 
-    /// `out = staged @ W^T`, written over or added to what is there.
-    fn multiply_staged(&mut self, w: &Matrix, out: &mut [f32], add: bool) {
-        debug_assert_eq!(self.staged.width, w.cols, "activations fit the weights");
+    /// `residual += norm(product)`
+    fn add_normed_product(&mut self, norm: &Norm, residual: &mut Rows) {
+        for i in 0..self.product.count() {
+            rowwise::rms_norm_add(self.cores.isa, self.product.row(i), &norm.gains, norm.epsilon, residual.row_mut(i));
+        }
+    }
+}
+
+fn stage_gated(isa: Isa, gate_up: &Rows, activation: Activation, out: &mut Rows) {
+    out.resize(gate_up.count(), gate_up.width / 2);
+    for i in 0..gate_up.count() {
+        let (gate, up) = gate_up.row(i).split_at(gate_up.width / 2);
+        rowwise::gate_mul(isa, activation, gate, up, out.row_mut(i));
+    }
+}
+
+impl Cores {
+    /// `out = x @ W^T + bias`
+    fn multiply(&mut self, x: &Rows, w: &Matrix, out: &mut Rows) {
+        out.resize(x.count(), w.rows);
+        if w.bias.is_empty() {
+            return self.product(x, w, &mut out.values, false);
+        }
+        out.values.chunks_exact_mut(w.rows).for_each(|row| row.copy_from_slice(&w.bias));
+        self.product(x, w, &mut out.values, true);
+    }
+
+    /// `out += x @ W^T + bias`
+    fn multiply_add(&mut self, x: &Rows, w: &Matrix, out: &mut Rows) {
+        debug_assert_eq!(out.values.len(), x.count() * w.rows, "products fit what they are added to");
+        if !w.bias.is_empty() {
+            let rows = out.values.chunks_exact_mut(w.rows);
+            rows.for_each(|row| rowwise::scaled_add(self.isa, &w.bias, 1.0, row));
+        }
+        self.product(x, w, &mut out.values, true);
+    }
+
+    /// `out = x @ W^T`, written over or added to what is there.
+    fn product(&mut self, x: &Rows, w: &Matrix, out: &mut [f32], add: bool) {
+        debug_assert_eq!(x.width, w.cols, "activations fit the weights");
         if w.parts.iter().any(|p| matches!(p, Part::Packed(_))) {
-            self.quantized.fill(self.isa, &self.staged);
+            self.quantized.fill(self.isa, x);
         }
         let mut column = 0;
         for part in &w.parts {
             match part {
-                Part::Packed(tiles) => self.multiply_packed(tiles, out, w.rows, column, add),
-                Part::AsStored(weight) => self.multiply_stored(weight, out, w.rows, column, add),
+                Part::Packed(tiles) => self.multiply_packed(tiles, x.count(), out, w.rows, column, add),
+                Part::AsStored(weight) => self.multiply_stored(weight, x, out, w.rows, column, add),
             }
             column += part.rows();
         }
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn multiply_packed(&mut self, tiles: &Tiles, out: &mut [f32], stride: usize, column: usize, add: bool) {
-        let rows = self.staged.count();
+    fn multiply_packed(
+        &mut self,
+        tiles: &Tiles,
+        rows: usize,
+        out: &mut [f32],
+        stride: usize,
+        column: usize,
+        add: bool,
+    ) {
         let x = self.quantized.as_ref();
         let out = Shared(out.as_mut_ptr());
         self.pool.for_each(tiles.rows() / TILE_ROWS, TILES_A_TURN, |range: Range<usize>| {
@@ -201,12 +267,12 @@ impl Cpu {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn multiply_packed(&mut self, _: &Tiles, _: &mut [f32], _: usize, _: usize, _: bool) {
+    fn multiply_packed(&mut self, _: &Tiles, _: usize, _: &mut [f32], _: usize, _: usize, _: bool) {
         unreachable!("weights are packed only where the instructions exist")
     }
 
-    fn multiply_stored(&mut self, weight: &Weight, out: &mut [f32], stride: usize, column: usize, add: bool) {
-        let (isa, x, out) = (self.isa, &self.staged, Shared(out.as_mut_ptr()));
+    fn multiply_stored(&mut self, weight: &Weight, x: &Rows, out: &mut [f32], stride: usize, column: usize, add: bool) {
+        let (isa, out) = (self.isa, Shared(out.as_mut_ptr()));
         self.pool.for_each(weight.rows(), WEIGHT_ROWS_A_TURN, |range| {
             let out = &out;
             SCRATCH.with_borrow_mut(|scratch| {
@@ -249,14 +315,16 @@ impl Backend for Cpu {
     type Cache = Cache;
 
     fn class(&self) -> String {
-        format!("cpu-{}", self.isa.name())
+        format!("cpu-{}", self.cores.isa.name())
     }
 
-    fn matrix(&self, parts: Vec<Weight>) -> Matrix {
+    fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Matrix {
         let cols = parts[0].cols();
         debug_assert!(parts.iter().all(|p| p.cols() == cols), "matrices side by side have equal inputs");
         let parts: Vec<Part> = parts.into_iter().map(|w| self.pack(w)).collect();
-        Matrix { rows: parts.iter().map(Part::rows).sum(), parts, cols }
+        let rows = parts.iter().map(Part::rows).sum();
+        debug_assert!(bias.is_empty() || bias.len() == rows, "a bias is as long as all outputs");
+        Matrix { rows, parts, bias, cols }
     }
 
     fn rows(&self, rows_max: usize, width: usize) -> Rows {
@@ -271,40 +339,57 @@ impl Backend for Cpu {
         shape.layers * PagedCache::block_values(shape.heads) * size_of::<u16>()
     }
 
-    fn embed(&mut self, table: &Matrix, tokens: &[u32], out: &mut Rows) {
+    fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32, out: &mut Rows) {
         out.resize(tokens.len(), table.cols);
         for (i, token) in tokens.iter().enumerate() {
             table.parts[0].dequantize_row(*token as usize, out.row_mut(i));
+        }
+        if scale != 1.0 {
+            out.values.iter_mut().for_each(|x| *x *= scale);
         }
     }
 
     fn norm_linear(&mut self, x: &Rows, norm: &Norm, w: &Matrix, out: &mut Rows) {
         self.stage_normed(x, 0..x.count(), norm);
-        out.resize(x.count(), w.rows);
-        self.multiply_staged(w, &mut out.values, false);
+        self.cores.multiply(&self.staged, w, out);
     }
 
-    fn rope_write(&mut self, qkv: &mut Rows, rope: &Rope, batch: &Batch, layer: usize, cache: &mut Cache) {
+    fn rope_write(
+        &mut self,
+        qkv: &mut Rows,
+        norms: Option<&HeadNorms>,
+        rope: &Rope,
+        batch: &Batch,
+        layer: usize,
+        cache: &mut Cache,
+    ) {
         let Heads { query, kv, dim } = cache.0.heads();
         for i in 0..qkv.count() {
             let (rotated, values) = qkv.row_mut(i).split_at_mut((query + kv) * dim);
-            rotated.chunks_exact_mut(dim).for_each(|head| rope.rotate(head, batch.positions[i] as usize));
+            for (h, head) in rotated.chunks_exact_mut(dim).enumerate() {
+                if let Some(norms) = norms {
+                    let norm = if h < query { &norms.query } else { &norms.key };
+                    rowwise::rms_norm_in_place(self.cores.isa, head, &norm.gains, norm.epsilon);
+                }
+                rope.rotate(head, batch.positions[i] as usize);
+            }
             cache.0.write(layer, batch.slots[i] as usize, &rotated[query * dim..], values);
         }
     }
 
-    fn attention(&mut self, qkv: &Rows, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
+    fn attention(&mut self, qkv: &Rows, view: View, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
         let heads = cache.0.heads();
         out.resize(qkv.count(), heads.query_width());
-        let (isa, cache, width, target) = (self.isa, &cache.0, heads.query_width(), Shared(out.values.as_mut_ptr()));
+        let (isa, cache, width) = (self.cores.isa, &cache.0, heads.query_width());
+        let target = Shared(out.values.as_mut_ptr());
         let group = heads.query / heads.kv * heads.dim;
         // one item of work: one row, one key-value head
-        self.pool.for_each(qkv.count() * heads.kv, 1, |range| {
+        self.cores.pool.for_each(qkv.count() * heads.kv, 1, |range| {
             let target = &target;
             for item in range {
                 let (row, kv_head) = (item / heads.kv, item % heads.kv);
                 let span = &batch.spans[batch.spans.partition_point(|s| s.first_row + s.rows <= row)];
-                let context = batch.positions[row] as usize + 1;
+                let seen = view.positions(batch.positions[row] as usize);
                 let queries = &qkv.row(row)[kv_head * group..][..group];
                 // SAFETY: each item writes its own head group of its own row
                 let out = unsafe { target.slice(row * width + kv_head * group, group) };
@@ -315,7 +400,8 @@ impl Backend for Cpu {
                         layer,
                         kv_head,
                         &batch.blocks[span.blocks_at..],
-                        context,
+                        seen,
+                        view.scale,
                         queries,
                         scores,
                         out,
@@ -325,31 +411,54 @@ impl Backend for Cpu {
         });
     }
 
-    fn linear_add(&mut self, x: &Rows, w: &Matrix, residual: &mut Rows) {
-        self.staged.resize(x.count(), x.width);
-        self.staged.values.copy_from_slice(&x.values);
-        self.multiply_staged(w, &mut residual.values, true);
+    fn linear_add(&mut self, x: &Rows, w: &Matrix, norm: Option<&Norm>, residual: &mut Rows) {
+        let Some(norm) = norm else { return self.cores.multiply_add(x, w, residual) };
+        self.cores.multiply(x, w, &mut self.product);
+        self.add_normed_product(norm, residual);
     }
 
-    fn gated_linear_add(&mut self, gate_up: &Rows, w: &Matrix, residual: &mut Rows) {
-        self.staged.resize(gate_up.count(), gate_up.width / 2);
-        for i in 0..gate_up.count() {
-            let (gate, up) = gate_up.row(i).split_at(gate_up.width / 2);
-            rowwise::silu_mul(self.isa, gate, up, self.staged.row_mut(i));
+    fn gated_linear_add(
+        &mut self,
+        gate_up: &Rows,
+        activation: Activation,
+        w: &Matrix,
+        norm: Option<&Norm>,
+        residual: &mut Rows,
+    ) {
+        stage_gated(self.cores.isa, gate_up, activation, &mut self.staged);
+        let Some(norm) = norm else { return self.cores.multiply_add(&self.staged, w, residual) };
+        self.cores.multiply(&self.staged, w, &mut self.product);
+        self.add_normed_product(norm, residual);
+    }
+
+    fn experts_add(&mut self, norm: &Norm, experts: &Experts<Matrix>, residual: &mut Rows) {
+        self.stage_normed(residual, 0..residual.count(), norm);
+        let Self { cores, staged, product, mixture } = self;
+        let Mixture { routes, gathered, gate_up } = mixture;
+        cores.multiply(staged, &experts.router, &mut routes.scores);
+        routes.choose(cores.isa, experts.used, experts.is_normalized);
+        for group in routes.by_expert() {
+            let expert = group[0].expert as usize;
+            gathered.resize(group.len(), staged.width);
+            group.iter().enumerate().for_each(|(i, r)| gathered.row_mut(i).copy_from_slice(staged.row(r.row as usize)));
+            cores.multiply(gathered, &experts.gate_up[expert], gate_up);
+            stage_gated(cores.isa, gate_up, experts.activation, gathered);
+            cores.multiply(gathered, &experts.down[expert], product);
+            for (i, r) in group.iter().enumerate() {
+                rowwise::scaled_add(cores.isa, product.row(i), r.weight, residual.row_mut(r.row as usize));
+            }
         }
-        self.multiply_staged(w, &mut residual.values, true);
     }
 
     fn head(&mut self, x: &Rows, rows: &[u32], norm: &Norm, w: &Matrix, logits: &mut Rows) {
         self.stage_normed(x, rows.iter().map(|r| *r as usize), norm);
-        logits.resize(rows.len(), w.rows);
-        self.multiply_staged(w, &mut logits.values, false);
+        self.cores.multiply(&self.staged, w, logits);
     }
 
     fn normed(&mut self, x: &Rows, rows: &[u32], norm: &Norm, out: &mut Rows) {
         out.resize(rows.len(), x.width);
         for (i, row) in rows.iter().enumerate() {
-            rowwise::rms_norm(self.isa, x.row(*row as usize), &norm.gains, norm.epsilon, out.row_mut(i));
+            rowwise::rms_norm(self.cores.isa, x.row(*row as usize), &norm.gains, norm.epsilon, out.row_mut(i));
         }
     }
 

@@ -1,7 +1,8 @@
 //! What works on one row of activations: norm, gate, dot product, quantization to int8. Sums run over 16 lanes in a fixed order, so
 //! a row's result is the same bits on every instruction set.
 
-use super::isa::for_each_isa;
+use super::isa::{Isa, for_each_isa};
+use crate::kernels::Activation;
 
 /// Lanes of a sum; the width of an AVX-512 register of f32.
 const LANES: usize = 16;
@@ -74,11 +75,57 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    /// `out = silu(gate) * up`
-    pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    /// `x = x / rms(x) * gains`
+    pub(crate) fn rms_norm_in_place(x: &mut [f32], gains: &[f32], epsilon: f32) {
+        let scale = 1.0 / (dot_body(x, x) / x.len() as f32 + epsilon).sqrt();
+        for (x, g) in x.iter_mut().zip(gains) {
+            *x = *x * scale * g;
+        }
+    }
+}
+
+for_each_isa! {
+    /// `out += x / rms(x) * gains`
+    pub(crate) fn rms_norm_add(x: &[f32], gains: &[f32], epsilon: f32, out: &mut [f32]) {
+        let scale = 1.0 / (dot_body(x, x) / x.len() as f32 + epsilon).sqrt();
+        for ((o, x), g) in out.iter_mut().zip(x).zip(gains) {
+            *o += x * scale * g;
+        }
+    }
+}
+
+for_each_isa! {
+    /// `out += scale * x`
+    pub(crate) fn scaled_add(x: &[f32], scale: f32, out: &mut [f32]) {
+        for (o, x) in out.iter_mut().zip(x) {
+            *o += scale * x;
+        }
+    }
+}
+
+for_each_isa! {
+    fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
         for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
             *o = g / (1.0 + exp(-g)) * u;
         }
+    }
+}
+
+for_each_isa! {
+    fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        // 2 * sqrt(2 / pi): twice what stands in the tanh, as (1 + tanh(s)) / 2 = 1 / (1 + e^(-2s))
+        const TWICE: f32 = 1.595_769;
+        for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+            *o = g / (1.0 + exp(-TWICE * (g + 0.044_715 * g * g * g))) * u;
+        }
+    }
+}
+
+/// `out = activation(gate) * up`
+pub(crate) fn gate_mul(isa: Isa, activation: Activation, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    match activation {
+        Activation::Silu => silu_mul(isa, gate, up, out),
+        Activation::GeluTanh => gelu_mul(isa, gate, up, out),
     }
 }
 
@@ -143,7 +190,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::kernels::cpu::isa::Isa;
 
     proptest! {
         #[test]
@@ -159,12 +205,18 @@ mod tests {
                 softmax(isa, &mut soft);
                 let mut normed = vec![0.0; x.len()];
                 rms_norm(isa, &x, &soft, 1e-5, &mut normed);
-                let mut gated = vec![0.0; x.len()];
-                silu_mul(isa, &x, &normed, &mut gated);
+                rms_norm_add(isa, &x, &soft, 1e-5, &mut normed);
+                rms_norm_in_place(isa, &mut normed, &soft, 1e-5);
+                let gated = [Activation::Silu, Activation::GeluTanh].map(|activation| {
+                    let mut gated = vec![0.0; x.len()];
+                    gate_mul(isa, activation, &x, &normed, &mut gated);
+                    scaled_add(isa, &x, 0.3, &mut gated);
+                    gated
+                });
                 let whole = x.len() / QUANT_BLOCK;
                 let (mut q, mut scales, mut sums) = (vec![0i8; whole * QUANT_BLOCK], vec![0.0f32; whole], vec![0.0f32; whole]);
                 quantize(isa, &x, &mut q, &mut scales, &mut sums);
-                (soft, gated, dot(isa, &x, &normed), q, scales, sums)
+                (soft, normed.clone(), gated, dot(isa, &x, &normed), q, scales, sums)
             });
             let results: Vec<_> = results.collect();
             prop_assert!(results.windows(2).all(|pair| pair[0] == pair[1]));

@@ -1,0 +1,266 @@
+//! The forward pass that all architectures share, over the operations of [`Backend`], and the loading of its weights.
+
+use std::{cell::RefCell, collections::HashSet};
+
+use super::{
+    Capacity, Model, Output,
+    plan::{ExpertsPlan, Plan},
+};
+use crate::{
+    batch::Batch,
+    kernels::{Activation, Backend, Experts, HeadNorms, Norm, Rope, View},
+    weights::{Checkpoint, LoadError, Weight},
+};
+
+/// Weights, cache and activations on one backend.
+pub(super) struct Decoder<B: Backend> {
+    backend: B,
+    embedding: B::Matrix,
+    embedding_scale: f32,
+    layers: Vec<Layer<B>>,
+    ropes: Vec<Rope>,
+    norm: Norm,
+    /// None when the embedding serves as the head too.
+    head: Option<B::Matrix>,
+    /// The last norm with the factor of the logits in its gains.
+    head_norm: Norm,
+    cache: B::Cache,
+    vocab: usize,
+    width: usize,
+    /// `[T, E]`
+    residual: B::Rows,
+    /// `[T, (H + 2K) * D]`
+    qkv: B::Rows,
+    /// `[T, H * D]`
+    mixed: B::Rows,
+    /// `[T, 2F]`
+    gate_up: B::Rows,
+    /// `[S, V]`
+    logits: B::Rows,
+    /// `[P, E]`
+    hidden: B::Rows,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: Norm,
+    qkv: B::Matrix,
+    head_norms: Option<HeadNorms>,
+    /// Which of the decoder's tables.
+    rope: usize,
+    view: View,
+    attention_out: B::Matrix,
+    attention_out_norm: Option<Norm>,
+    feed_norm: Norm,
+    feed: Feed<B>,
+}
+
+enum Feed<B: Backend> {
+    Gated { gate_up: B::Matrix, activation: Activation, down: B::Matrix, out_norm: Option<Norm> },
+    Experts(Experts<B::Matrix>),
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads the weights that `plan` describes. They are read before any buffer of the plan's sizes is made, so a file that lies about
+    /// its sizes is found out first.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has the wrong shape.
+    pub(super) fn load(file: &Checkpoint, plan: &Plan, backend: B, capacity: Capacity) -> Result<Self, LoadError> {
+        let shape = &plan.shape;
+        let tensors = Tensors { file, plan, backend: &backend, used: RefCell::default() };
+        let embedding = tensors.matrix(&[("token_embd.weight", shape.vocab)], shape.width)?;
+        let head = match file.has("output.weight") {
+            true => Some(tensors.matrix(&[("output.weight", shape.vocab)], shape.width)?),
+            false => None,
+        };
+        let norm = tensors.norm("output_norm.weight", shape.width)?;
+        let layers = (0..shape.layers).map(|i| tensors.layer(i)).collect::<Result<_, _>>()?;
+        tensors.refuse_unused()?;
+        let gains = norm.gains.iter().map(|g| g * plan.logit_scale).collect();
+        let rows = capacity.batch_tokens_max;
+        Ok(Self {
+            embedding,
+            embedding_scale: plan.embedding_scale,
+            layers,
+            ropes: plan.ropes.iter().map(|rope| rope.table(capacity.context)).collect(),
+            head,
+            head_norm: Norm { gains, ..norm },
+            norm,
+            cache: backend.cache(shape.cache(capacity.blocks)),
+            vocab: shape.vocab,
+            width: shape.width,
+            residual: backend.rows(rows, shape.width),
+            qkv: backend.rows(rows, shape.heads.qkv_width()),
+            mixed: backend.rows(rows, shape.heads.query_width()),
+            gate_up: backend.rows(if plan.experts.is_some() { 0 } else { rows }, 2 * shape.gate_width),
+            logits: backend.rows(0, shape.vocab),
+            hidden: backend.rows(0, shape.width),
+            backend,
+        })
+    }
+}
+
+impl<B: Backend> Model for Decoder<B> {
+    fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> Output<'_> {
+        let b = &mut self.backend;
+        b.embed(&self.embedding, &batch.tokens, self.embedding_scale, &mut self.residual);
+        for (i, layer) in self.layers.iter().enumerate() {
+            b.norm_linear(&self.residual, &layer.attention_norm, &layer.qkv, &mut self.qkv);
+            let rope = &self.ropes[layer.rope];
+            b.rope_write(&mut self.qkv, layer.head_norms.as_ref(), rope, batch, i, &mut self.cache);
+            b.attention(&self.qkv, layer.view, batch, i, &self.cache, &mut self.mixed);
+            let norm = layer.attention_out_norm.as_ref();
+            b.linear_add(&self.mixed, &layer.attention_out, norm, &mut self.residual);
+            match &layer.feed {
+                Feed::Gated { gate_up, activation, down, out_norm } => {
+                    b.norm_linear(&self.residual, &layer.feed_norm, gate_up, &mut self.gate_up);
+                    b.gated_linear_add(&self.gate_up, *activation, down, out_norm.as_ref(), &mut self.residual);
+                }
+                Feed::Experts(experts) => b.experts_add(&layer.feed_norm, experts, &mut self.residual),
+            }
+            beat();
+        }
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        b.head(&self.residual, &batch.logit_rows, &self.head_norm, head, &mut self.logits);
+        b.normed(&self.residual, &batch.hidden_rows, &self.norm, &mut self.hidden);
+        Output { logits: b.read(&self.logits), hidden: b.read(&self.hidden) }
+    }
+
+    fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    fn width(&self) -> usize {
+        self.width
+    }
+
+    fn device_class(&self) -> String {
+        self.backend.class()
+    }
+}
+
+/// A file, and the shapes that its tensors must have.
+struct Tensors<'a, B: Backend> {
+    file: &'a Checkpoint,
+    plan: &'a Plan,
+    backend: &'a B,
+    /// Names of what was read.
+    used: RefCell<HashSet<String>>,
+}
+
+/// Tensors of layers that old files carry and that say nothing: the plain rotary frequencies.
+const WITHOUT_MEANING: &str = ".attn_rot_embd.weight";
+
+impl<B: Backend> Tensors<'_, B> {
+    fn layer(&self, i: usize) -> Result<Layer<B>, LoadError> {
+        let name = |part: &str| format!("blk.{i}.{part}.weight");
+        let Plan { shape, layers, has_head_norms, has_output_norms, .. } = self.plan;
+        let (width, dim) = (shape.width, shape.heads.dim);
+        let norm = |part: &str, width: usize| self.norm(&name(part), width);
+        let norm_if = |has: bool, part: &str| has.then(|| norm(part, width)).transpose();
+        let head_norms = || Ok(HeadNorms { query: norm("attn_q_norm", dim)?, key: norm("attn_k_norm", dim)? });
+        Ok(Layer {
+            attention_norm: norm("attn_norm", width)?,
+            qkv: self.qkv(i)?,
+            head_norms: has_head_norms.then(head_norms).transpose()?,
+            rope: layers[i].rope,
+            view: layers[i].view,
+            attention_out: self.matrix(&[(&name("attn_output"), width)], shape.heads.query_width())?,
+            attention_out_norm: norm_if(*has_output_norms, "post_attention_norm")?,
+            feed_norm: norm("ffn_norm", width)?,
+            feed: match self.plan.experts {
+                Some(experts) => Feed::Experts(self.experts(i, experts)?),
+                None => Feed::Gated {
+                    gate_up: self.gate_up(i)?,
+                    activation: self.plan.activation,
+                    down: self.matrix(&[(&name("ffn_down"), width)], shape.gate_width)?,
+                    out_norm: norm_if(*has_output_norms, "post_ffw_norm")?,
+                },
+            },
+        })
+    }
+
+    fn qkv(&self, i: usize) -> Result<B::Matrix, LoadError> {
+        let (heads, width) = (self.plan.shape.heads, self.plan.shape.width);
+        let kv = heads.kv * heads.dim;
+        let parts = [("attn_q", heads.query_width()), ("attn_k", kv), ("attn_v", kv)];
+        let parts = if self.plan.is_fused { &[("attn_qkv", heads.qkv_width())][..] } else { &parts };
+        let weights = parts.iter().map(|(part, rows)| self.weight(&format!("blk.{i}.{part}.weight"), *rows, width));
+        let weights = weights.collect::<Result<_, _>>()?;
+        let biases = parts.iter().filter(|_| self.plan.has_qkv_bias);
+        let biases = biases.map(|(part, rows)| self.vector(&format!("blk.{i}.{part}.bias"), *rows));
+        Ok(self.backend.matrix(weights, biases.collect::<Result<Vec<_>, _>>()?.concat()))
+    }
+
+    fn gate_up(&self, i: usize) -> Result<B::Matrix, LoadError> {
+        let (gate, up) = (format!("blk.{i}.ffn_gate.weight"), format!("blk.{i}.ffn_up.weight"));
+        let Plan { shape, is_fused, .. } = self.plan;
+        let apart = [(gate.as_str(), shape.gate_width), (up.as_str(), shape.gate_width)];
+        let fused = [(up.as_str(), 2 * shape.gate_width)];
+        self.matrix(if *is_fused { &fused } else { &apart }, shape.width)
+    }
+
+    fn experts(&self, i: usize, plan: ExpertsPlan) -> Result<Experts<B::Matrix>, LoadError> {
+        let name = |part: &str| format!("blk.{i}.{part}.weight");
+        let (width, gate_width) = (self.plan.shape.width, self.plan.shape.gate_width);
+        let part = |part: &str, expert: usize, rows: usize, cols: usize| {
+            let weight = self.file.expert(&name(part), expert, plan.count)?;
+            self.checked(&name(part), weight, rows, cols)
+        };
+        let gate_up = |expert: usize| {
+            let parts = ["ffn_gate_exps", "ffn_up_exps"].map(|name| part(name, expert, gate_width, width));
+            let [gate, up] = parts;
+            Ok(self.backend.matrix(vec![gate?, up?], Vec::new()))
+        };
+        let down = |expert: usize| {
+            Ok(self.backend.matrix(vec![part("ffn_down_exps", expert, width, gate_width)?], Vec::new()))
+        };
+        Ok(Experts {
+            router: self.matrix(&[(&name("ffn_gate_inp"), plan.count)], width)?,
+            gate_up: (0..plan.count).map(gate_up).collect::<Result<_, LoadError>>()?,
+            down: (0..plan.count).map(down).collect::<Result<_, LoadError>>()?,
+            used: plan.used,
+            is_normalized: plan.is_normalized,
+            activation: self.plan.activation,
+        })
+    }
+
+    /// Matrices `[rows, cols]` side by side, without bias.
+    fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix, LoadError> {
+        let weights = parts.iter().map(|(name, rows)| self.weight(name, *rows, cols));
+        Ok(self.backend.matrix(weights.collect::<Result<_, _>>()?, Vec::new()))
+    }
+
+    /// A layer's tensor that nothing reads would make a difference that we do not know.
+    fn refuse_unused(&self) -> Result<(), LoadError> {
+        let used = self.used.borrow();
+        let is_unused =
+            |name: &&str| name.starts_with("blk.") && !name.ends_with(WITHOUT_MEANING) && !used.contains(*name);
+        match self.file.names().filter(is_unused).min() {
+            Some(name) => Err(LoadError::Unsupported(format!(
+                "this model has a tensor '{name}', which has no place in what is computed for its architecture"
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
+        Ok(Norm { gains: self.vector(name, width)?, epsilon: self.plan.epsilon })
+    }
+
+    fn vector(&self, name: &str, width: usize) -> Result<Vec<f32>, LoadError> {
+        Ok(self.weight(name, 1, width)?.dequantize())
+    }
+
+    fn weight(&self, name: &str, rows: usize, cols: usize) -> Result<Weight, LoadError> {
+        self.checked(name, self.file.weight(name)?, rows, cols)
+    }
+
+    fn checked(&self, name: &str, weight: Weight, rows: usize, cols: usize) -> Result<Weight, LoadError> {
+        self.used.borrow_mut().insert(name.to_owned());
+        if (weight.rows(), weight.cols()) == (rows, cols) {
+            return Ok(weight);
+        }
+        Err(self.file.broken(format!("tensor '{name}' is {} x {}, not {rows} x {cols}", weight.rows(), weight.cols())))
+    }
+}
