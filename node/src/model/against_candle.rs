@@ -113,6 +113,21 @@ fn qwen_3() {
 }
 
 #[test]
+fn biases_wherever_a_file_has_them() {
+    let mut tiny = Tiny::new(Architecture::Qwen3);
+    for i in 0..LAYERS {
+        for (part, rows) in [("attn_q", 128), ("attn_k", 64), ("attn_v", 64), ("attn_output", 64)] {
+            let bias = (0..rows).map(|k| ((k * 37 + i * 11) % 19) as f32 / 19.0 - 0.5).collect();
+            tiny = tiny.with_vector(&format!("blk.{i}.{part}.bias"), bias);
+        }
+    }
+    let more = json!({"tie_word_embeddings": true, "max_window_layers": 0, "use_sliding_window": false,
+        "attention_bias": true});
+    let config = serde_json::from_value(config(&tiny, more)).unwrap();
+    check(&tiny, |_| {}, move |weights, tokens| qwen3::ModelForCausalLM::new(&config, weights)?.forward(tokens, 0));
+}
+
+#[test]
 fn qwen_3_with_experts() {
     for is_normalized in [true, false] {
         let tiny = Tiny::new(Architecture::Qwen3Moe).with("expert_weights_norm", Value::Bool(is_normalized));

@@ -68,9 +68,9 @@ impl<B: Backend> Decoder<B> {
     pub(super) fn load(file: &Checkpoint, plan: &Plan, backend: B, capacity: Capacity) -> Result<Self, LoadError> {
         let shape = &plan.shape;
         let tensors = Tensors { file, plan, backend: &backend, used: RefCell::default() };
-        let embedding = tensors.matrix(&[("token_embd.weight", shape.vocab)], shape.width)?;
+        let embedding = tensors.matrix("token_embd.weight", shape.vocab, shape.width)?;
         let head = match file.has("output.weight") {
-            true => Some(tensors.matrix(&[("output.weight", shape.vocab)], shape.width)?),
+            true => Some(tensors.matrix("output.weight", shape.vocab, shape.width)?),
             false => None,
         };
         let norm = tensors.norm("output_norm.weight", shape.width)?;
@@ -165,7 +165,7 @@ impl<B: Backend> Tensors<'_, B> {
             head_norms: has_head_norms.then(head_norms).transpose()?,
             rope: layers[i].rope,
             view: layers[i].view,
-            attention_out: self.matrix(&[(&name("attn_output"), width)], shape.heads.query_width())?,
+            attention_out: self.linear(i, &[("attn_output", width)], shape.heads.query_width(), false)?,
             attention_out_norm: norm_if(*has_output_norms, "post_attention_norm")?,
             feed_norm: norm("ffn_norm", width)?,
             feed: match self.plan.experts {
@@ -173,7 +173,7 @@ impl<B: Backend> Tensors<'_, B> {
                 None => Feed::Gated {
                     gate_up: self.gate_up(i)?,
                     activation: self.plan.activation,
-                    down: self.matrix(&[(&name("ffn_down"), width)], shape.gate_width)?,
+                    down: self.linear(i, &[("ffn_down", width)], shape.gate_width, false)?,
                     out_norm: norm_if(*has_output_norms, "post_ffw_norm")?,
                 },
             },
@@ -183,21 +183,16 @@ impl<B: Backend> Tensors<'_, B> {
     fn qkv(&self, i: usize) -> Result<B::Matrix, LoadError> {
         let (heads, width) = (self.plan.shape.heads, self.plan.shape.width);
         let kv = heads.kv * heads.dim;
-        let parts = [("attn_q", heads.query_width()), ("attn_k", kv), ("attn_v", kv)];
-        let parts = if self.plan.is_fused { &[("attn_qkv", heads.qkv_width())][..] } else { &parts };
-        let weights = parts.iter().map(|(part, rows)| self.weight(&format!("blk.{i}.{part}.weight"), *rows, width));
-        let weights = weights.collect::<Result<_, _>>()?;
-        let biases = parts.iter().filter(|_| self.plan.has_qkv_bias);
-        let biases = biases.map(|(part, rows)| self.vector(&format!("blk.{i}.{part}.bias"), *rows));
-        Ok(self.backend.matrix(weights, biases.collect::<Result<Vec<_>, _>>()?.concat()))
+        let apart = [("attn_q", heads.query_width()), ("attn_k", kv), ("attn_v", kv)];
+        let parts = if self.plan.is_fused { &[("attn_qkv", heads.qkv_width())][..] } else { &apart };
+        self.linear(i, parts, width, self.plan.needs_qkv_bias)
     }
 
     fn gate_up(&self, i: usize) -> Result<B::Matrix, LoadError> {
-        let (gate, up) = (format!("blk.{i}.ffn_gate.weight"), format!("blk.{i}.ffn_up.weight"));
         let Plan { shape, is_fused, .. } = self.plan;
-        let apart = [(gate.as_str(), shape.gate_width), (up.as_str(), shape.gate_width)];
-        let fused = [(up.as_str(), 2 * shape.gate_width)];
-        self.matrix(if *is_fused { &fused } else { &apart }, shape.width)
+        let apart = [("ffn_gate", shape.gate_width), ("ffn_up", shape.gate_width)];
+        let parts = if *is_fused { &[("ffn_up", 2 * shape.gate_width)][..] } else { &apart };
+        self.linear(i, parts, shape.width, false)
     }
 
     fn experts(&self, i: usize, plan: ExpertsPlan) -> Result<Experts<B::Matrix>, LoadError> {
@@ -216,7 +211,7 @@ impl<B: Backend> Tensors<'_, B> {
             Ok(self.backend.matrix(vec![part("ffn_down_exps", expert, width, gate_width)?], Vec::new()))
         };
         Ok(Experts {
-            router: self.matrix(&[(&name("ffn_gate_inp"), plan.count)], width)?,
+            router: self.linear(i, &[("ffn_gate_inp", plan.count)], width, false)?,
             gate_up: (0..plan.count).map(gate_up).collect::<Result<_, LoadError>>()?,
             down: (0..plan.count).map(down).collect::<Result<_, LoadError>>()?,
             used: plan.used,
@@ -225,17 +220,26 @@ impl<B: Backend> Tensors<'_, B> {
         })
     }
 
-    /// Matrices `[rows, cols]` side by side, without bias.
-    fn matrix(&self, parts: &[(&str, usize)], cols: usize) -> Result<B::Matrix, LoadError> {
-        let weights = parts.iter().map(|(name, rows)| self.weight(name, *rows, cols));
-        Ok(self.backend.matrix(weights.collect::<Result<_, _>>()?, Vec::new()))
+    /// Matrices `[rows, cols]` of a layer side by side, with biases where it has them: all of them or none.
+    fn linear(&self, i: usize, parts: &[(&str, usize)], cols: usize, needs_bias: bool) -> Result<B::Matrix, LoadError> {
+        let name = |part: &str, kind: &str| format!("blk.{i}.{part}.{kind}");
+        let weights = parts.iter().map(|(part, rows)| self.weight(&name(part, "weight"), *rows, cols));
+        let weights = weights.collect::<Result<_, _>>()?;
+        let has_bias = needs_bias || parts.iter().any(|(part, _)| self.file.has(&name(part, "bias")));
+        let biases = parts.iter().filter(|_| has_bias).map(|(part, rows)| self.vector(&name(part, "bias"), *rows));
+        Ok(self.backend.matrix(weights, biases.collect::<Result<Vec<_>, _>>()?.concat()))
     }
 
-    /// A layer's tensor that nothing reads would make a difference that we do not know.
+    /// A matrix `[rows, cols]` outside of the layers.
+    fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<B::Matrix, LoadError> {
+        Ok(self.backend.matrix(vec![self.weight(name, rows, cols)?], Vec::new()))
+    }
+
+    /// A tensor of the decoder that nothing reads would make a difference that we do not know.
     fn refuse_unused(&self) -> Result<(), LoadError> {
         let used = self.used.borrow();
-        let is_unused =
-            |name: &&str| name.starts_with("blk.") && !name.ends_with(WITHOUT_MEANING) && !used.contains(*name);
+        let is_ours = |name: &str| ["blk.", "output", "token_"].iter().any(|start| name.starts_with(start));
+        let is_unused = |name: &&str| is_ours(name) && !name.ends_with(WITHOUT_MEANING) && !used.contains(*name);
         match self.file.names().filter(is_unused).min() {
             Some(name) => Err(LoadError::Unsupported(format!(
                 "this model has a tensor '{name}', which has no place in what is computed for its architecture"

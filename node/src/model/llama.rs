@@ -10,6 +10,5 @@ use crate::weights::LoadError;
 
 pub(super) fn plan(source: &Source) -> Result<Plan, LoadError> {
     let plain = Plan::plain(source, rope::BASE)?;
-    let plan = Plan { has_qkv_bias: source.file.has("blk.0.attn_q.bias"), experts: source.experts(true)?, ..plain };
-    Ok(plan.with_window(source.window()?))
+    Ok(Plan { experts: source.experts(true)?, ..plain }.with_window(source.window()?))
 }

@@ -138,8 +138,10 @@ mod against_candle;
 #[cfg(test)]
 mod tests {
     use candle_core::quantized::{GgmlDType, gguf_file::Value};
+    use proptest::{prelude::*, sample::select};
 
     use super::*;
+    use crate::kernels::cpu::Cpu;
     use tiny::Tiny;
 
     fn refusal(tiny: Tiny) -> String {
@@ -206,7 +208,7 @@ mod tests {
             for (key, value) in [("feed_forward_length", 1 << 20), ("block_count", 1000), ("embedding_length", 1 << 16)]
             {
                 let file = Tiny::new(arch).with(key, Value::U32(value)).build(1, GgmlDType::F32);
-                let error = load(&file, crate::kernels::cpu::Cpu::new(1), capacity).err().unwrap().to_string();
+                let error = load(&file, Cpu::new(1), capacity).err().unwrap().to_string();
                 assert!(error.contains("tensor '"), "{} {key}: {error}", arch.name());
             }
         }
@@ -218,10 +220,78 @@ mod tests {
         let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
         let load = |name: &str| {
             let file = Tiny::new(Architecture::Llama).with_vector(name, vec![0.5; 64]).build(1, GgmlDType::F32);
-            load(&file, crate::kernels::cpu::Cpu::new(1), capacity).map(drop).map_err(|e| e.to_string())
+            load(&file, Cpu::new(1), capacity).map(drop).map_err(|e| e.to_string())
         };
-        assert!(load("blk.1.attn_output.bias").unwrap_err().contains("'blk.1.attn_output.bias'"));
+        for name in ["blk.1.attn_norm.bias", "blk.1.attn_sinks.weight", "output_norm.bias", "blk.2.attn_norm.weight"] {
+            assert!(load(name).unwrap_err().contains(&format!("'{name}'")));
+        }
+        // one bias of three
+        assert!(load("blk.1.attn_q.bias").unwrap_err().contains("'blk.1.attn_k.bias' is missing"));
         assert!(load("blk.1.attn_rot_embd.weight").is_ok());
+    }
+
+    /// All keys that plans read.
+    const KEYS: [&str; 29] = [
+        "attention.causal",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.scale",
+        "attention.sliding_window",
+        "attention.sliding_window_pattern",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "embedding_scale",
+        "expert_count",
+        "expert_feed_forward_length",
+        "expert_used_count",
+        "expert_weights_norm",
+        "feed_forward_length",
+        "logit_scale",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.scale_linear",
+        "rope.scaling.attn_factor",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.type",
+    ];
+
+    fn values() -> impl Strategy<Value = Value> {
+        prop_oneof![
+            any::<u32>().prop_map(Value::U32),
+            (0u32..300).prop_map(Value::U32),
+            any::<u64>().prop_map(Value::U64),
+            any::<i32>().prop_map(Value::I32),
+            any::<f32>().prop_map(Value::F32),
+            any::<bool>().prop_map(Value::Bool),
+            select(vec!["yarn", "linear", "llama3", "longrope", "none", ""]).prop_map(|s| Value::String(s.into())),
+            prop::collection::vec(any::<bool>().prop_map(Value::Bool), 0..4).prop_map(Value::Array),
+        ]
+    }
+
+    proptest! {
+        /// Law: whatever stands under a key, a model loads and computes, or gives an error.
+        #[test]
+        fn no_value_makes_a_panic(
+            arch in select(Architecture::ALL.to_vec()),
+            changes in prop::collection::vec((select(KEYS.to_vec()), values()), 1..4),
+        ) {
+            let tiny = changes.into_iter().fold(Tiny::new(arch), |tiny, (key, value)| tiny.with(key, value));
+            let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+            if let Ok(mut model) = load(&tiny.build(1, GgmlDType::Q4_0), Cpu::new(1), capacity) {
+                let mut batch = Batch::default();
+                batch.push(&[3, 1, 2], 0, &[1]);
+                batch.logit_rows.push(2);
+                prop_assert_eq!(model.forward(&batch, &|| {}).logits.len(), tiny::VOCAB);
+            }
+        }
     }
 
     #[test]

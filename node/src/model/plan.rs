@@ -47,8 +47,8 @@ pub struct Plan {
     pub(super) activation: Activation,
     /// Whether queries, keys and values are one tensor, and gate and up another.
     pub(super) is_fused: bool,
-    /// Whether queries, keys and values have biases.
-    pub(super) has_qkv_bias: bool,
+    /// Whether queries, keys and values must have biases; elsewhere they may.
+    pub(super) needs_qkv_bias: bool,
     /// Whether queries and keys are normed head by head.
     pub(super) has_head_norms: bool,
     /// Whether what attention and the gated layer give is normed before it is added.
@@ -100,7 +100,7 @@ impl Plan {
             logit_scale: source.real("logit_scale", 1e-6..=1e6)?.unwrap_or(1.0),
             activation: Activation::Silu,
             is_fused: false,
-            has_qkv_bias: false,
+            needs_qkv_bias: false,
             has_head_norms: false,
             has_output_norms: false,
             experts: None,
@@ -226,8 +226,12 @@ impl Source<'_> {
             ("expert_group_count", "grouped experts"),
             ("leading_dense_block_count", "dense layers beside mixtures of experts"),
             ("attention.max_alibi_bias", "linear biases by distance"),
+            ("use_parallel_residual", "attention beside the gated layer"),
             ("attention.clamp_kqv", "clamped queries, keys and values"),
         ];
+        if self.file.flag(&self.key("attention.causal")) == Some(false) {
+            return Err(LoadError::Unsupported("this model sees what comes after a token, and cannot generate".into()));
+        }
         match keys.iter().find(|(key, _)| is_set(key)) {
             Some((key, what)) => Err(LoadError::Unsupported(format!(
                 "this model has {what} ('{}'), which are not supported",

@@ -19,5 +19,5 @@ pub(super) fn plan(source: &Source) -> Result<Plan, LoadError> {
         ),
         _ => None,
     };
-    Ok(Plan { has_qkv_bias: !is_third, has_head_norms: is_third, experts, ..plain })
+    Ok(Plan { needs_qkv_bias: !is_third, has_head_norms: is_third, experts, ..plain })
 }
