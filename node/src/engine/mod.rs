@@ -60,7 +60,8 @@ pub struct Generation {
 /// What a generation asks for beside its tokens; each is computed once the whole prompt is.
 #[derive(Debug, Default)]
 pub struct Wants {
-    /// The log-probabilities of the prompt's tokens after the first, and so many of the likeliest of each.
+    /// The log-probabilities of the given tokens after the first, those had from another node included, and so many of the likeliest of
+    /// each. They are delivered before the first event.
     pub prompt_logprobs: Option<(usize, oneshot::Sender<Vec<Logprobs>>)>,
     /// One vector for the prompt.
     pub embedding: Option<(Pooling, oneshot::Sender<Vec<f32>>)>,

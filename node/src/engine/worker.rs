@@ -25,7 +25,9 @@ use crate::{
 
 /// What the engine knows of a sequence beside its tokens, which the scheduler keeps.
 struct Running {
-    prompt: Arc<[u32]>,
+    /// Prompt, and the tokens that the client has had from another node.
+    given: Arc<[u32]>,
+    prompt_len: usize,
     choice: u32,
     sampling: Sampling,
     said: Option<Said>,
@@ -46,7 +48,8 @@ impl Running {
         }
         Self {
             said: Said::of(&generation.sampling, prompt, had),
-            prompt: prompt.into(),
+            prompt_len: prompt.len(),
+            given: generation.tokens.as_slice().into(),
             choice: generation.choice,
             sampling: generation.sampling,
             guide,
@@ -153,7 +156,7 @@ impl Worker {
         let mut tokens = Vec::with_capacity(plan.pieces.len());
         for (ask, logits) in self.batch.logit_asks.iter().zip(output.logits.chunks_exact(vocab)) {
             let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
-            s.extras.take_logits(ask, logits, &s.prompt, &mut self.candidates);
+            s.extras.take_logits(ask, logits, &s.given, &mut self.candidates);
             if ask.is_last {
                 tokens.push((ask.seq, s.next(logits, &mut self.moved, &mut self.candidates)));
             }
@@ -212,7 +215,7 @@ impl Worker {
         self.next_id += 1;
         let tokens = generation.tokens.clone();
         let running = Running::new(generation, events);
-        self.stats.prompt_tokens.fetch_add(running.prompt.len() as u64, Relaxed);
+        self.stats.prompt_tokens.fetch_add(running.prompt_len as u64, Relaxed);
         self.scheduler.add(id, tokens, running.extras.terms());
         self.sequences.insert(id, running);
     }
