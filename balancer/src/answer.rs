@@ -53,7 +53,8 @@ pub(crate) async fn refuse(session: &mut ServerSession, id: &RequestId, error: &
         }
         _ => {}
     }
-    whole(session, head, error.to_json().to_string().into()).await?;
+    let body = error.to_json_at(session.req_header().uri.path());
+    whole(session, head, body.to_string().into()).await?;
     if !session.is_body_done() {
         limits::linger(session).await;
     }

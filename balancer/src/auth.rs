@@ -72,10 +72,11 @@ impl Keys {
         Self(sections.iter().filter_map(Key::read).collect())
     }
 
-    /// Who the bearer of this `Authorization` header is.
-    pub(crate) fn owner(&self, authorization: Option<&[u8]>, now: UnixSeconds) -> Result<Arc<str>, ApiError> {
-        let Some(given) = authorization.and_then(bearer) else {
-            return Err(refusal("missing_api_key", "no API key was given; send it as 'Authorization: Bearer KEY'"));
+    /// Whose key this is.
+    pub(crate) fn owner(&self, given: Option<&[u8]>, now: UnixSeconds) -> Result<Arc<str>, ApiError> {
+        let Some(given) = given else {
+            let message = "no API key was given; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'";
+            return Err(refusal("missing_api_key", message));
         };
         match self.find(&Sha256::digest(given).into()) {
             None => Err(refusal("invalid_api_key", "this API key is not known here")),
@@ -142,7 +143,8 @@ fn decode_hex(text: &str) -> Option<[u8; 32]> {
     Some(bytes)
 }
 
-fn bearer(header: &[u8]) -> Option<&[u8]> {
+/// The key in an `Authorization` header.
+pub(crate) fn bearer(header: &[u8]) -> Option<&[u8]> {
     const SCHEME: &[u8] = b"bearer ";
     let (scheme, key) = header.split_at_checked(SCHEME.len())?;
     let key = key.trim_ascii();
@@ -183,12 +185,12 @@ mod tests {
     fn a_known_key_has_an_owner_until_it_expires() {
         let keys = keys();
         let (before, after) = (UnixSeconds(1_893_455_999), UnixSeconds(1_893_456_000));
-        assert_eq!(&*keys.owner(Some(b"Bearer one"), after).unwrap(), "alice");
-        assert_eq!(&*keys.owner(Some(b"bearer two"), before).unwrap(), "bob");
-        assert_eq!(keys.owner(Some(b"Bearer two"), after).unwrap_err().code, "expired_api_key");
-        assert_eq!(keys.owner(Some(b"Bearer three"), before).unwrap_err().code, "invalid_api_key");
+        assert_eq!(&*keys.owner(bearer(b"Bearer one"), after).unwrap(), "alice");
+        assert_eq!(&*keys.owner(bearer(b"bearer two"), before).unwrap(), "bob");
+        assert_eq!(keys.owner(bearer(b"Bearer two"), after).unwrap_err().code, "expired_api_key");
+        assert_eq!(keys.owner(bearer(b"Bearer three"), before).unwrap_err().code, "invalid_api_key");
         for none in [None, Some(&b"Basic one"[..]), Some(b"Bearer "), Some(b"B")] {
-            assert_eq!(keys.owner(none, before).unwrap_err().code, "missing_api_key");
+            assert_eq!(keys.owner(none.and_then(bearer), before).unwrap_err().code, "missing_api_key");
         }
     }
 

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::AUTHORIZATION;
+use http::{HeaderName, header::AUTHORIZATION};
 use pingora::{
     ErrorType::InvalidHTTPHeader,
     apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream},
@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::{
     answer::{self, Answer},
-    auth::{Keys, UnixSeconds},
+    auth::{self, Keys, UnixSeconds},
     body::Wish,
     config::LimitsConfig,
     ctx::RequestCtx,
@@ -39,6 +39,8 @@ use crate::{
     route::{self, Route},
 };
 
+/// Where Anthropic's clients put their key.
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// How long a client may take to read a small answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long unread rest of a body may take before a connection is kept.
@@ -157,8 +159,9 @@ impl Edge {
             return Ok(self.health(session, record).await);
         }
         if let Some(keys) = &self.keys {
-            let authorization = session.get_header(AUTHORIZATION).map(|v| v.as_bytes());
-            record.ctx.tenant = Some(keys.owner(authorization, UnixSeconds::now())?);
+            let header = |name| session.get_header(name).map(|v| v.as_bytes());
+            let given = header(AUTHORIZATION).and_then(auth::bearer).or_else(|| header(API_KEY));
+            record.ctx.tenant = Some(keys.owner(given, UnixSeconds::now())?);
         }
         let _place = limits::enter(&self.places)?;
         match route? {

@@ -127,8 +127,10 @@ impl<'a> Client<'a> {
         if !self.begun {
             return answer::refuse(self.session, &self.id, error).await.into();
         }
-        let event = Bytes::from(format!("data: {}\n\n", error.to_json()));
-        match self.session.write_response_body(event, true).await {
+        let (name, data) = error.to_event_at(self.session.req_header().uri.path());
+        let mut out = Vec::new();
+        event::write(&mut out, None, name, Some(data.to_string().as_bytes()));
+        match self.session.write_response_body(out.into(), true).await {
             Ok(()) => Ended::Close,
             Err(_) => Ended::ClientGone,
         }

@@ -1,4 +1,5 @@
-//! A node's byte stream cut into whole events: `id:` lines are kept and dropped, all other bytes pass as they are.
+//! A node's byte stream cut into whole events: `id:` lines are kept and dropped, all other bytes pass as they are. Data without an id
+//! belongs to the next event that has one and passes with it, so that what one token makes is never cut in two.
 //!
 //! Each byte is looked at once, whatever the reads cut: what is unfinished waits, as a line or as an event, and the finished events of one
 //! read leave as one piece. Pure; the relay does the reading and writing.
@@ -43,6 +44,8 @@ pub(crate) struct Events {
     /// The beginning of a line whose end has not come.
     line: BytesMut,
     id: Option<EventId>,
+    /// Whether the unfinished event, or events that wait for an id, have data.
+    has_data: bool,
     handover: bool,
     tail: Option<Tail>,
 }
@@ -88,6 +91,7 @@ impl Events {
         if let Some(name) = text.strip_prefix(b"event:") {
             self.handover |= name.trim_ascii() == b"handover";
         }
+        self.has_data |= text.starts_with(b"data:");
         self.out.extend_from_slice(line);
         Ok(())
     }
@@ -103,8 +107,13 @@ impl Events {
                 delivered.add(choice, offset, &tokens).map_err(|_| Malformed)?;
             }
             Some(EventId::End) => self.tail = Some(Tail::End),
+            None if self.has_data => {
+                self.out.extend_from_slice(blank);
+                return Ok(());
+            }
             None => {}
         }
+        self.has_data = false;
         if self.out.len() > self.finished {
             self.out.extend_from_slice(blank);
             self.finished = self.out.len();
@@ -160,6 +169,18 @@ mod tests {
     }
 
     #[test]
+    fn the_events_of_one_token_pass_together_or_not_at_all() {
+        let whole = b": wait\n\nevent: a\ndata: 1\n\nevent: b\ndata: 2\n\nid: 0:0:5\nevent: c\ndata: 3\n\n";
+        let (out, delivered, _) = all(whole, &[]).unwrap();
+        let expected = b": wait\n\nevent: a\ndata: 1\n\nevent: b\ndata: 2\n\nevent: c\ndata: 3\n\n";
+        assert_eq!((out.as_slice(), delivered.total()), (&expected[..], 1));
+        let (out, delivered, _) = all(&whole[..whole.len() - 1], &[]).unwrap();
+        assert_eq!((out.as_slice(), delivered.total()), (&b": wait\n\n"[..], 0));
+        let lost = [b"data: usage\n\n".as_slice(), event::HANDOVER].concat();
+        assert_eq!(all(&lost, &[]).unwrap().0, b"");
+    }
+
+    #[test]
     fn a_handover_is_between_node_and_edge() {
         let mut stream = b"id: 0:0:5\ndata: a\n\n".to_vec();
         stream.extend_from_slice(event::HANDOVER);
@@ -180,14 +201,18 @@ mod tests {
     }
 
     fn any_stream() -> impl Strategy<Value = Vec<u8>> {
-        let piece = prop_oneof![Just(None), (prop::collection::vec(any::<u32>(), 1..4), "[ -~]{0,40}").prop_map(Some),];
+        let tokens = (prop::collection::vec(any::<u32>(), 1..4), any::<bool>(), "[ -~]{0,40}");
+        let piece = prop_oneof![Just(None), tokens.prop_map(Some)];
         (prop::collection::vec(piece, 0..20), any::<bool>()).prop_map(|(pieces, handover)| {
             let (mut out, mut offset) = (Vec::new(), 0);
             for piece in pieces {
-                let Some((tokens, text)) = piece else {
+                let Some((tokens, before, text)) = piece else {
                     out.extend_from_slice(event::WAIT);
                     continue;
                 };
+                if before {
+                    event::write(&mut out, None, Some("before"), Some(b"{}"));
+                }
                 let next = offset + tokens.len() as u32;
                 let id = EventId::Tokens { choice: 0, offset, tokens };
                 let data = (!text.is_empty()).then_some(text.as_bytes());

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::paths;
+
 /// What went wrong, and so which status and `type` the client sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ErrorKind {
@@ -52,6 +54,18 @@ impl ErrorKind {
             Self::BadGateway => (502, "upstream_error"),
             Self::Unavailable => (503, "unavailable_error"),
             Self::DeadlineExceeded => (504, "timeout_error"),
+        }
+    }
+}
+
+impl ErrorKind {
+    /// The error object's `type` in Anthropic's API.
+    fn anthropic(self) -> &'static str {
+        match self {
+            Self::TooLarge => "request_too_large",
+            Self::Internal | Self::BadGateway => "api_error",
+            Self::Unavailable => "overloaded_error",
+            kind => kind.table().1,
         }
     }
 }
@@ -114,6 +128,26 @@ impl ApiError {
         self.retry_after.map(|after| after.as_secs_f64().ceil().max(1.0) as u64)
     }
 
+    /// The body that clients of `path` expect: Anthropic's for messages, OpenAI's for all else.
+    pub fn to_json_at(&self, path: &str) -> Value {
+        if path != paths::MESSAGES {
+            return self.to_json();
+        }
+        json!({"type": "error", "error": {"type": self.kind.anthropic(), "message": self.message, "param": self.param, "code": self.code}})
+    }
+
+    /// The last event of a stream of `path` that cannot go on: its name, if it has one, and its data.
+    pub fn to_event_at(&self, path: &str) -> (Option<&'static str>, Value) {
+        match path {
+            paths::MESSAGES => (Some("error"), self.to_json_at(path)),
+            paths::RESPONSES => (
+                Some("error"),
+                json!({"type": "error", "code": self.code, "message": self.message, "param": self.param}),
+            ),
+            _ => (None, self.to_json()),
+        }
+    }
+
     /// The body: `{"error": {"message", "type", "param", "code"}}`.
     pub fn to_json(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind.table().1, "param": self.param, "code": self.code}})
@@ -132,5 +166,15 @@ mod tests {
         assert_eq!(error.retry_after_s(), Some(1));
         let expected = r#"{"error":{"message":"temperature must be from 0 to 2","type":"invalid_request_error","param":"temperature","code":"invalid_value"}}"#;
         assert_eq!(error.to_json().to_string(), expected);
+    }
+
+    #[test]
+    fn each_api_gets_the_shape_its_clients_read() {
+        let error = ApiError::new(ErrorKind::Unavailable, "loading", "wait");
+        assert_eq!(error.to_json_at(paths::MESSAGES)["error"]["type"], "overloaded_error");
+        assert_eq!(error.to_json_at(paths::MESSAGES)["type"], "error");
+        assert_eq!(error.to_json_at(paths::RESPONSES), error.to_json());
+        assert_eq!(error.to_event_at(paths::RESPONSES).1["code"], "loading");
+        assert_eq!(error.to_event_at(paths::CHAT), (None, error.to_json()));
     }
 }

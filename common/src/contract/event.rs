@@ -2,7 +2,8 @@
 //!
 //! With `x-tidegate-stream: 1` each event says in its `id:` field which tokens it stands for, `id: <choice>:<offset>:<token,token>`,
 //! and the last event of the stream says `id: end`. The balancer keeps these lines and drops them; `data:` bytes pass untouched.
-//! An event may have an `id:` and no `data:` (a token that makes no text yet). `event: handover` asks the balancer to go on elsewhere.
+//! An event may have an `id:` and no `data:` (a token that makes no text yet). Events with data and no `id:` belong to the next one that has
+//! one, and reach the client with it or not at all: so a token may make several events. `event: handover` asks the balancer to go on elsewhere.
 //! The comment `: wait` says that a waiting request is still alive.
 
 use std::{fmt, str::FromStr};
