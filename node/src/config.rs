@@ -10,8 +10,10 @@ use tidegate_common::{
 };
 
 use crate::{
+    engine::Pooling,
     machine::{self, Memory},
     models::{ModelRef, Store},
+    output::ToolFormat,
     sizes::Size,
 };
 
@@ -49,6 +51,12 @@ pub struct NodeConfig {
     pub request: RequestLimits,
     /// What a request gets that does not say.
     pub defaults: Defaults,
+    /// `tool_parser`: how the model writes calls of tools.
+    pub tool_parser: ToolParser,
+    /// `reasoning_parser`: whether the model thinks before it answers.
+    pub reasoning_parser: ReasoningParser,
+    /// `embeddings`: how vectors are made of texts; none when they are not served.
+    pub embeddings: Option<Pooling>,
     /// How long running answers may go on once the node is told to stop.
     pub drain_grace: Duration,
     /// A node whose sequences run and whose steps have not ended for this long calls itself stalled.
@@ -100,6 +108,26 @@ pub struct RequestLimits {
     pub timeout: Duration,
 }
 
+/// How calls of tools are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToolParser {
+    /// As the chat template shows.
+    Auto,
+    /// In this form.
+    Fixed(ToolFormat),
+}
+
+/// How thoughts are found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReasoningParser {
+    /// As the chat template shows.
+    Auto,
+    /// They are not looked for.
+    None,
+    /// Between `<think>` and `</think>`.
+    Think,
+}
+
 /// `[node.defaults]`
 #[derive(Debug, Clone)]
 pub struct Defaults {
@@ -110,6 +138,21 @@ pub struct Defaults {
     /// `max_tokens`; the context's end comes first where it is nearer.
     pub tokens_max: usize,
 }
+
+const TOOL_PARSERS: [(&str, ToolParser); 6] = [
+    ("auto", ToolParser::Auto),
+    ("hermes", ToolParser::Fixed(ToolFormat::Hermes)),
+    ("hermes_list", ToolParser::Fixed(ToolFormat::HermesList)),
+    ("llama3_json", ToolParser::Fixed(ToolFormat::Llama3)),
+    ("mistral", ToolParser::Fixed(ToolFormat::Mistral)),
+    ("json", ToolParser::Fixed(ToolFormat::Json)),
+];
+
+const REASONING_PARSERS: [(&str, ReasoningParser); 3] =
+    [("auto", ReasoningParser::Auto), ("none", ReasoningParser::None), ("think", ReasoningParser::Think)];
+
+const EMBEDDINGS: [(&str, Option<Pooling>); 3] =
+    [("mean", Some(Pooling::Mean)), ("last", Some(Pooling::Last)), ("off", None)];
 
 impl NodeConfig {
     /// Reads `[node]`; all faults are noted in the reader.
@@ -138,6 +181,9 @@ impl NodeConfig {
             engine,
             request,
             defaults: Defaults::read(&r.section("defaults")),
+            tool_parser: r.choice("tool_parser", &TOOL_PARSERS, ToolParser::Auto),
+            reasoning_parser: r.choice("reasoning_parser", &REASONING_PARSERS, ReasoningParser::Auto),
+            embeddings: r.choice("embeddings", &EMBEDDINGS, Some(Pooling::Mean)),
             drain_grace: r.get_or("drain_grace", Duration::from_secs(10)),
             stall_after: r.duration_or("stall_after", Duration::from_secs(10)),
         }

@@ -178,7 +178,7 @@ fn refusal(error: &str) -> GuideError {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::path::Path;
 
     use candle_core::quantized::gguf_file::{self, Value as Meta};
@@ -187,7 +187,7 @@ mod tests {
     use crate::weights::Checkpoint;
 
     /// A tokenizer of printable ASCII, a few longer tokens, and an end token, all from the same loader as real ones.
-    fn guides() -> (Guides, Arc<Tokenizer>) {
+    pub(crate) fn guides() -> (Guides, Arc<Tokenizer>) {
         let mut tokens: Vec<String> = (0x21..0x7fu8).map(|b| char::from(b).to_string()).collect();
         tokens.extend(["Ġ", "Ċ", "tr", "\"a", "</s>"].map(str::to_owned));
         let kinds = (0..tokens.len()).map(|i| Meta::I32(if i + 1 == tokens.len() { 3 } else { 1 })).collect();
@@ -207,7 +207,7 @@ mod tests {
     }
 
     /// Writes what a model would that wants to say `wish` and leaves out what it may not; at its end it takes the first token allowed.
-    fn write(guide: &mut Guide, tokenizer: &Tokenizer, wish: &str) -> String {
+    pub(crate) fn write(guide: &mut Guide, tokenizer: &Tokenizer, wish: &str) -> String {
         let mut bytes = Vec::new();
         let mut wishes = tokenizer.encode(wish, false).unwrap().into_iter();
         for _ in 0..200 {

@@ -26,6 +26,6 @@ pub mod record;
 pub mod weights;
 pub mod models;
 
-pub use config::{Defaults, EngineLimits, NodeConfig, RequestLimits, TlsFiles};
+pub use config::{Defaults, EngineLimits, NodeConfig, ReasoningParser, RequestLimits, TlsFiles, ToolParser};
 pub use run::{RunError, run};
 pub use sizes::Size;

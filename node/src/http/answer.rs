@@ -17,21 +17,22 @@ use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, ErrorKind, EventId, event};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{StreamMap, wrappers::ReceiverStream};
 
 use super::{
-    Api, App, Reply,
-    api::{Head, Usage},
-    ask::{self, ValidRequest},
+    App, Reply,
+    ask::{Body as AskBody, ValidChoice, ValidRequest},
+    check,
+    choice::{Choice, Said, Step},
     frame::Frame,
+    shape::{self, Head, Shape, Usage},
 };
 use crate::{
     engine::{Event, Refused, Tokens},
-    output::Text,
     record::{Outcome, Record},
+    sample::Logprobs,
     served::Loaded,
-    text::Tokenizer,
 };
 
 /// How often a request that waits shows that it is alive.
@@ -50,15 +51,16 @@ const DISCARD_BYTES_MAX: usize = 64 << 20;
 const DISCARD_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Serves one generation.
-pub(super) async fn serve(app: Arc<App>, api: Api, request: Request<Body>) -> axum::response::Response {
+pub(super) async fn serve<B: AskBody>(app: Arc<App>, request: Request<Body>) -> axum::response::Response {
     let frame = Frame::read(request.headers(), app.config.request.timeout);
-    let mut record = Record::begin(&app.metrics, request.uri().path(), &frame.id, frame.arrived);
-    let mut response = match open(&app, api, &frame, request).await {
+    let path = request.uri().path().to_owned();
+    let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived);
+    let mut response = match open::<B>(&app, &frame, request).await {
         Ok(answer) if frame.wire || answer.stream => answer.with(record).into_stream(),
         Ok(answer) => answer.with(record).into_json().await,
         Err(error) => {
             record.refused(&error);
-            Reply::from(error).into_response()
+            Reply::refusal(&error, &path).into_response()
         }
     };
     if let Ok(id) = HeaderValue::from_str(frame.id.as_str()) {
@@ -68,18 +70,23 @@ pub(super) async fn serve(app: Arc<App>, api: Api, request: Request<Body>) -> ax
 }
 
 /// Reads, checks and submits a request.
-async fn open(app: &Arc<App>, api: Api, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
+async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
     app.refuse_while_draining()?;
+    let path = request.uri().path().to_owned();
     let bytes = read_body(app, frame, request.into_body()).await?;
-    let body = aside(move || ask::parse(&bytes)).await?;
-    let loaded = app.model(body.model.as_deref(), frame.deadline).await?;
-    let (inner, held, seed) = (app.clone(), loaded.clone(), frame.seed);
-    let valid = aside(move || body.validate(api, &inner, &held, seed)).await?;
+    let body: B = aside(move || check::parse(&bytes)).await?;
+    let loaded = app.model(body.model(), frame.deadline).await?;
+    let (inner, held, its_frame) = (app.clone(), loaded.clone(), frame.clone());
+    let valid = aside(move || {
+        let head = Head::new(&its_frame, &held.name, &held.device);
+        body.ask(head)?.validate(&inner, &held, &its_frame)
+    });
+    let valid = valid.await?;
     app.refuse_while_draining()?;
-    Answer::submit(app.clone(), loaded, api, frame.clone(), valid)
+    Answer::submit(app.clone(), loaded, path, frame.clone(), valid)
 }
 
-/// Does `work` on a thread that serves nobody: JSON, templates and tokenizers take milliseconds for long prompts.
+/// Does `work` on a thread that serves nobody: JSON, templates, tokenizers and grammars take milliseconds.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| internal())?
 }
@@ -135,56 +142,70 @@ struct Answer {
     app: Arc<App>,
     /// The model it began with, held to the last byte.
     loaded: Arc<Loaded>,
+    path: String,
     frame: Frame,
-    head: Head,
-    opens_choices: bool,
+    shape: Box<dyn Shape>,
     stream: bool,
-    include_usage: bool,
     prompt_tokens: usize,
-    texts: Vec<Text>,
-    /// Choices that still run.
-    running: StreamMap<u32, Tokens>,
+    choices: Vec<Running>,
+    /// Tokens of the choices that the engine works on.
+    tokens: StreamMap<u32, Tokens>,
     record: Option<Record>,
     beats_seen: u64,
     ended: bool,
+}
+
+/// One choice of it.
+struct Running {
+    choice: Choice,
+    /// Log-probabilities of the given tokens, until they have come.
+    scores: Option<(usize, oneshot::Receiver<Vec<Logprobs>>)>,
+}
+
+impl Running {
+    /// Takes the log-probabilities that were asked for, if they are there: they come before the first token.
+    fn take_scores(&mut self) {
+        let Some((prompt_len, receiver)) = &mut self.scores else { return };
+        if let Ok(scores) = receiver.try_recv() {
+            self.choice.supply(*prompt_len, &scores);
+            self.scores = None;
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.choice.ended().is_some() && self.scores.is_none()
+    }
 }
 
 impl Answer {
     fn submit(
         app: Arc<App>,
         loaded: Arc<Loaded>,
-        api: Api,
+        path: String,
         frame: Frame,
         valid: ValidRequest,
     ) -> Result<Self, ApiError> {
-        let mut texts = Vec::with_capacity(valid.choices.len());
-        let mut generations = Vec::new();
-        for (mut generation, had) in valid.choices {
-            let mut text = Text::new(&valid.stops);
-            replay(&mut text, &had, &generation.stop, &loaded.tokenizer);
-            if text.finish().is_none() {
-                generation.tokens.extend(had);
-                generations.push(generation);
-            }
-            texts.push(text);
+        let (mut choices, mut generations) = (Vec::new(), Vec::new());
+        for ValidChoice { choice, generation, scores } in valid.choices {
+            let prompt_len = generation.as_ref().map_or(0, |generation| generation.prompt_len);
+            choices.push(Running { choice, scores: scores.map(|receiver| (prompt_len, receiver)) });
+            generations.extend(generation);
         }
         let indices: Vec<u32> = generations.iter().map(|g| g.choice).collect();
         let tokens = loaded.engine.submit(generations).map_err(|refused| refusal(refused, &app))?;
-        let head = Head::new(api, &frame, &loaded.name, &loaded.device);
         Ok(Self {
+            loaded,
+            path,
             frame,
-            head,
-            opens_choices: api.opens_choices(),
+            shape: valid.shape,
             stream: valid.stream,
-            include_usage: valid.include_usage,
             prompt_tokens: valid.prompt_tokens,
-            texts,
-            running: indices.into_iter().zip(tokens).collect(),
+            choices,
+            tokens: indices.into_iter().zip(tokens).collect(),
             record: None,
             beats_seen: 0,
             ended: false,
             app,
-            loaded,
         })
     }
 
@@ -226,7 +247,7 @@ impl Answer {
         loop {
             match self.next().await {
                 Next::Token(choice, event) => {
-                    self.accept(choice, event);
+                    self.accept(choice, &event);
                 }
                 Next::Silence => {}
                 Next::Finished => {
@@ -239,7 +260,7 @@ impl Answer {
                     if let Some(record) = &mut self.record {
                         record.answered(&error);
                     }
-                    return Reply::from(error).into_response();
+                    return Reply::refusal(&error, &self.path).into_response();
                 }
             }
         }
@@ -251,10 +272,10 @@ impl Answer {
         while !self.ended && out.is_empty() {
             match self.next().await {
                 Next::Token(choice, event) => {
-                    self.write_token(choice, event, &mut out);
+                    self.write_token(choice, &event, &mut out);
                     // whatever else is there goes out in the same write
-                    while let Some(Some((choice, event))) = self.running.next().now_or_never() {
-                        self.write_token(choice, event, &mut out);
+                    while let Some(Some((choice, event))) = self.tokens.next().now_or_never() {
+                        self.write_token(choice, &event, &mut out);
                     }
                 }
                 Next::Silence => self.write_wait(&mut out),
@@ -266,7 +287,7 @@ impl Answer {
     }
 
     async fn next(&mut self) -> Next {
-        if self.texts.iter().all(|t| t.finish().is_some()) {
+        if self.choices.iter().all(Running::is_whole) {
             return Next::Finished;
         }
         let mut handover = self.app.handover.clone();
@@ -274,10 +295,9 @@ impl Answer {
         tokio::select! {
             biased;
             // tokens that are there go out before anything ends the answer
-            token = self.running.next() => match token {
+            token = self.tokens.next() => match token {
                 Some((choice, event)) => Next::Token(choice, event),
-                // every channel closed, and a choice has no end: the engine dropped it
-                None => Next::Broken(Outcome::EngineLost),
+                None => self.after_last(),
             },
             () = handover.wait() => Next::Broken(Outcome::HandedOver),
             () = tokio::time::sleep_until(deadline) => Next::Broken(Outcome::TimedOut),
@@ -285,40 +305,48 @@ impl Answer {
         }
     }
 
-    /// Adds a token to its text.
-    fn accept(&mut self, choice: u32, event: Event) {
-        let text = &mut self.texts[choice as usize];
-        text.push(&self.loaded.tokenizer, event.token, event.finish);
+    /// Every channel has closed: a choice without tokens has what it asked for, or the engine has dropped one.
+    fn after_last(&mut self) -> Next {
+        self.choices.iter_mut().for_each(Running::take_scores);
+        let is_whole = self.choices.iter().all(Running::is_whole);
+        if is_whole { Next::Finished } else { Next::Broken(Outcome::EngineLost) }
+    }
+
+    /// Adds a token to its choice.
+    fn accept(&mut self, choice: u32, event: &Event) -> Step {
+        let running = &mut self.choices[choice as usize];
+        running.take_scores();
+        let step = running.choice.take(event.token, event.logprobs.as_deref(), event.finish);
         if let Some(record) = &mut self.record {
             record.token(choice);
-            text.finish().into_iter().for_each(|finish| record.choice_ended(finish));
         }
-        if text.finish().is_some() {
-            self.running.remove(&choice);
+        if step.ended.is_some() {
+            self.tokens.remove(&choice);
         }
+        step
     }
 
-    fn write_token(&mut self, choice: u32, event: Event, out: &mut Vec<u8>) {
-        let offset = self.texts[choice as usize].tokens();
-        let token = event.token;
-        self.accept(choice, event);
-        let text = &mut self.texts[choice as usize];
-        let finish = text.finish();
-        let opens = offset == 0 && self.opens_choices;
-        let fresh = text.take();
-        let data = (self.stream && (opens || finish.is_some() || !fresh.is_empty()))
-            .then(|| self.head.piece(choice, fresh, opens, finish));
-        let id = EventId::Tokens { choice, offset, tokens: vec![token] };
-        self.write_event(Some(id), data.as_ref(), out);
+    fn write_token(&mut self, choice: u32, event: &Event, out: &mut Vec<u8>) {
+        let offset = self.choices[choice as usize].choice.tokens();
+        let step = self.accept(choice, event);
+        let mut events = Vec::new();
+        if self.stream {
+            self.shape.step(&step, &mut events);
+        }
+        self.write_events(&EventId::Tokens { choice, offset, tokens: vec![event.token] }, &events, out);
     }
 
-    /// `id` goes to balancers only; an event without data too.
-    fn write_event(&self, id: Option<EventId>, data: Option<&Value>, out: &mut Vec<u8>) {
-        let data = data.map(|d| serde_json::to_vec(d).expect("our own answers can be written as JSON"));
-        let id = id.filter(|_| self.frame.wire);
-        if id.is_some() || data.is_some() {
-            event::write(out, id.as_ref(), None, data.as_deref());
-        }
+    /// Events that belong together: the last one carries `id`, which goes to balancers only, if need be without data.
+    fn write_events(&self, id: &EventId, events: &[shape::Event], out: &mut Vec<u8>) {
+        let id = self.frame.wire.then_some(id);
+        let Some((last, before)) = events.split_last() else {
+            if id.is_some() {
+                event::write(out, id, None, None);
+            }
+            return;
+        };
+        before.iter().for_each(|e| event::write(out, None, e.name, Some(e.data.as_bytes())));
+        event::write(out, id, last.name, Some(last.data.as_bytes()));
     }
 
     /// A sign of life to a balancer, as long as the engine itself shows one.
@@ -332,14 +360,17 @@ impl Answer {
 
     fn write_tail(&mut self, out: &mut Vec<u8>) {
         self.end(Outcome::Finished);
-        if !self.stream {
-            return self.write_event(Some(EventId::End), Some(&self.whole()), out);
+        let mut events = Vec::new();
+        if self.stream {
+            let empty = self.choices.iter_mut().filter_map(|running| running.choice.empty_step()).collect::<Vec<_>>();
+            empty.iter().for_each(|step| self.shape.step(step, &mut events));
+            let usage = self.usage();
+            let said: Vec<&Said> = self.choices.iter_mut().map(|running| running.choice.said()).collect();
+            self.shape.tail(&said, usage, &mut events);
+        } else {
+            events.push(shape::Event::of(&self.whole()));
         }
-        if self.include_usage {
-            self.write_event(None, Some(&self.head.usage_piece(self.usage())), out);
-        }
-        let id = self.frame.wire.then_some(EventId::End);
-        event::write(out, id.as_ref(), None, Some(event::DONE.as_bytes()));
+        self.write_events(&EventId::End, &events, out);
     }
 
     /// A balancer goes on elsewhere; a client that came directly, or whose time is over, is told.
@@ -348,24 +379,34 @@ impl Answer {
         if self.frame.wire && outcome != Outcome::TimedOut {
             out.extend_from_slice(event::HANDOVER);
         } else {
-            self.write_event(Some(EventId::End), Some(&outcome.error().to_json()), out);
+            let (name, data) = outcome.error().to_event_at(&self.path);
+            self.write_events(&EventId::End, &[shape::Event { name, ..shape::Event::of(&data) }], out);
         }
     }
 
     fn end(&mut self, outcome: Outcome) {
         self.ended = true;
-        self.running.clear();
+        self.tokens.clear();
         if let Some(record) = &mut self.record {
             record.end(outcome);
         }
     }
 
-    fn usage(&self) -> Usage {
-        Usage { prompt: self.prompt_tokens, completion: self.texts.iter().map(|t| t.tokens() as usize).sum() }
+    fn usage(&mut self) -> Usage {
+        let mut usage = Usage { prompt: self.prompt_tokens, completion: 0, reasoning: 0 };
+        for running in &mut self.choices {
+            let said = running.choice.said();
+            usage.completion += said.tokens as usize;
+            usage.reasoning += said.tokens_reasoning as usize;
+        }
+        usage
     }
 
-    fn whole(&self) -> Value {
-        self.head.whole(self.texts.iter().map(|t| (t.whole(), t.finish())), self.usage())
+    fn whole(&mut self) -> Value {
+        self.choices.iter_mut().for_each(|running| drop(running.choice.empty_step()));
+        let usage = self.usage();
+        let said: Vec<&Said> = self.choices.iter_mut().map(|running| running.choice.said()).collect();
+        self.shape.whole(&said, usage)
     }
 }
 
@@ -378,14 +419,6 @@ enum Next {
     Finished,
     /// It cannot go on here.
     Broken(Outcome),
-}
-
-/// Brings a text to where it was when the client had `tokens`.
-fn replay(text: &mut Text, tokens: &[u32], rule: &crate::stop::StopRule, tokenizer: &Tokenizer) {
-    for (i, token) in tokens.iter().enumerate() {
-        text.push(tokenizer, *token, rule.after(*token, i + 1));
-    }
-    text.take();
 }
 
 fn refusal(refused: Refused, app: &App) -> ApiError {

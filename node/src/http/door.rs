@@ -57,7 +57,7 @@ impl Door {
         let error = ApiError::new(ErrorKind::RateLimited, "too_many_requests", message)
             .with_retry_after(self.app.expected_wait());
         Record::begin(&self.app.metrics, path, &RequestId::from_client(id), Instant::now()).refused(&error);
-        Reply::from(error).into_response()
+        Reply::refusal(&error, path).into_response()
     }
 }
 

@@ -1,10 +1,13 @@
 //! The node's public face: an OpenAI API, health and metrics. It answers from the first moment, and says "loading" until it can do more.
 
 mod door;
-mod ask;
-mod answer;
-mod api;
 mod frame;
+mod check;
+mod ask;
+mod grammar;
+mod answer;
+mod choice;
+mod shape;
 mod reply;
 
 use std::{
@@ -31,7 +34,7 @@ use crate::{
     record::Metrics,
     served::{Loaded, Models},
 };
-use api::Api;
+use ask::{Body as AskBody, ChatRequest, CompletionRequest, MessagesRequest, QueryRequest, ResponsesRequest};
 use door::Door;
 use reply::Reply;
 
@@ -115,16 +118,13 @@ impl App {
 /// All routes of the node.
 pub fn router(app: Arc<App>) -> Router {
     let only = |route: MethodRouter<Arc<App>>| route.fallback(wrong_method);
-    let generation = |api: Api| {
-        only(post(move |State(app): State<Arc<App>>, request: Request<Body>| async move {
-            answer::serve(app, api, request).await
-        }))
-    };
     Router::new()
-        .route(paths::CHAT_COMPLETIONS, generation(Api::Chat))
-        .route(paths::COMPLETIONS, generation(Api::Completion))
-        .route(paths::CHAT, generation(Api::Chat))
-        .route(paths::API_CHAT, generation(Api::Query))
+        .route(paths::CHAT_COMPLETIONS, only(post(generate::<ChatRequest>)))
+        .route(paths::COMPLETIONS, only(post(generate::<CompletionRequest>)))
+        .route(paths::CHAT, only(post(generate::<ChatRequest>)))
+        .route(paths::API_CHAT, only(post(generate::<QueryRequest>)))
+        .route(paths::RESPONSES, only(post(generate::<ResponsesRequest>)))
+        .route(paths::MESSAGES, only(post(generate::<MessagesRequest>)))
         .route(paths::MODELS, only(get(models)))
         .route(paths::HEALTH, only(get(health)))
         .route(paths::METRICS, only(get(metrics)))
@@ -132,6 +132,10 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(axum::middleware::from_fn_with_state(Door::new(app.clone()), Door::pass))
         .layer(axum::middleware::map_response_with_state(app.clone(), name_node))
         .with_state(app)
+}
+
+async fn generate<B: AskBody>(State(app): State<Arc<App>>, request: Request<Body>) -> Response {
+    answer::serve::<B>(app, request).await
 }
 
 async fn health(State(app): State<Arc<App>>) -> Response {

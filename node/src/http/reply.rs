@@ -23,9 +23,16 @@ impl Reply {
     }
 }
 
+impl Reply {
+    /// A refusal in the shape that clients of `path` expect.
+    pub(super) fn refusal(error: &ApiError, path: &str) -> Self {
+        Self { retry_after_s: error.retry_after_s(), ..Self::json(error.status(), &error.to_json_at(path)) }
+    }
+}
+
 impl From<ApiError> for Reply {
     fn from(error: ApiError) -> Self {
-        Self { retry_after_s: error.retry_after_s(), ..Self::json(error.status(), &error.to_json()) }
+        Self::refusal(&error, "")
     }
 }
 

@@ -12,38 +12,42 @@ impl StopStrings {
         Self { stops: stops.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
     }
 
-    /// Appends to `out` what cannot be part of a stop string any more. True once a stop string has come; nothing after it goes out.
-    pub(super) fn push(&mut self, text: &str, out: &mut String) -> bool {
+    /// Appends to `out` what cannot be part of a stop string any more. Says which one has come; nothing after it goes out.
+    pub(super) fn push(&mut self, text: &str, out: &mut String) -> Option<usize> {
         if self.stops.is_empty() {
             out.push_str(text);
-            return false;
+            return None;
         }
         self.held.push_str(text);
-        let first = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
-        if let Some(at) = first {
+        if let Some((at, which)) = first(&self.held, &self.stops) {
             out.push_str(&self.held[..at]);
             self.held.clear();
-            return true;
+            return Some(which);
         }
-        let certain = self.held.len() - self.undecided();
+        let certain = self.held.len() - undecided(&self.held, &self.stops);
         out.push_str(&self.held[..certain]);
         self.held.drain(..certain);
-        false
+        None
     }
 
     /// Gives out what was held back; the text ended otherwise.
     pub(super) fn finish(&mut self, out: &mut String) {
         out.push_str(&std::mem::take(&mut self.held));
     }
+}
 
-    /// Bytes of the longest end of `held` that begins a stop string.
-    fn undecided(&self) -> usize {
-        let longest = |stop: &String| {
-            let ends = self.held.char_indices().map(|(at, _)| &self.held[at..]);
-            ends.filter(|end| stop.starts_with(*end)).map(str::len).max()
-        };
-        self.stops.iter().filter_map(longest).max().unwrap_or(0)
-    }
+/// Where the first of `words` begins in `text`, and which it is.
+pub(super) fn first(text: &str, words: &[impl AsRef<str>]) -> Option<(usize, usize)> {
+    words.iter().enumerate().filter_map(|(i, word)| Some((text.find(word.as_ref())?, i))).min()
+}
+
+/// Bytes of the longest end of `text` that begins one of `words`.
+pub(super) fn undecided(text: &str, words: &[impl AsRef<str>]) -> usize {
+    let longest = |word: &str| {
+        let ends = text.char_indices().map(|(at, _)| &text[at..]);
+        ends.filter(|end| word.starts_with(*end)).map(str::len).max()
+    };
+    words.iter().filter_map(|word| longest(word.as_ref())).max().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -56,7 +60,7 @@ mod tests {
         let stops: Vec<String> = stops.iter().map(ToString::to_string).collect();
         let (mut stops, mut out) = (StopStrings::new(&stops), String::new());
         for piece in pieces {
-            if stops.push(piece, &mut out) {
+            if stops.push(piece, &mut out).is_some() {
                 return (out, true);
             }
         }

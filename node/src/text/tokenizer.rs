@@ -77,6 +77,11 @@ impl Tokenizer {
         self.ends.len()
     }
 
+    /// The token that the vocabulary spells so.
+    pub fn id(&self, spelled: &str) -> Option<u32> {
+        self.inner.token_to_id(spelled)
+    }
+
     /// A token's text as the vocabulary spells it, for templates that name their begin and end tokens.
     pub fn spelled(&self, token: u32) -> Option<String> {
         self.inner.id_to_token(token)
