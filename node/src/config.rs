@@ -15,6 +15,7 @@ use crate::{
     models::{ModelRef, Store},
     output::ToolFormat,
     sizes::Size,
+    weights::Quantize,
 };
 
 /// Most that `max_queue` can be.
@@ -33,6 +34,8 @@ pub struct NodeConfig {
     pub tls: Option<TlsFiles>,
     /// Which model.
     pub model: ModelRef,
+    /// Whether its matrices are quantized as they are loaded.
+    pub quantize: Quantize,
     /// The model's name in the API.
     pub served_model_name: String,
     /// Where models are kept.
@@ -173,6 +176,11 @@ impl NodeConfig {
             tls,
             served_model_name: r.get("served_model_name").unwrap_or_else(|| model.served_name()),
             model,
+            quantize: r.choice(
+                "quantize",
+                &[Quantize::None, Quantize::Int8, Quantize::Int4].map(|q| (q.name(), q)),
+                Quantize::None,
+            ),
             data_dir: data_dir(&r),
             version: r.get_or("version", String::new()),
             color: r.parse("color").unwrap_or_else(|| "blue".parse().expect("'blue' is a valid name")),

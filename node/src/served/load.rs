@@ -35,7 +35,10 @@ pub enum ServeError {
 /// Loads the model and starts its engine thread.
 pub(super) fn load(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), ServeError> {
     let path = Store::open(&config.data_dir).locate(&config.model)?;
-    let checkpoint = Checkpoint::open(&path)?;
+    let checkpoint = Checkpoint::open(&path)?.quantized(config.quantize)?;
+    let (sizes, mib) = (checkpoint.sizes(), |bytes: usize| bytes.div_ceil(1 << 20));
+    let quantize = config.quantize.name();
+    info!(model = %config.model, stored_mib = mib(sizes.stored), weights_mib = mib(sizes.loaded), quantize, "weights");
     let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
     let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
     let shape = Plan::read(&checkpoint)?.shape;

@@ -21,8 +21,7 @@ pub(super) fn read(path: &Path, bytes: &Bytes) -> Result<Checkpoint, LoadError> 
         let stored = stored.map_err(|reason| broken(format!("tensor '{name}' {reason}")))?;
         tensors.insert(name, stored);
     }
-    let mut checkpoint =
-        Checkpoint { path: path.to_owned(), metadata: content.metadata, tensors, has_interleaved_rotary: false };
+    let mut checkpoint = Checkpoint::new(path, content.metadata, tensors);
     checkpoint.has_interleaved_rotary = checkpoint.text("general.architecture") == Some("llama");
     Ok(checkpoint)
 }
@@ -33,7 +32,7 @@ fn tensor(info: &TensorInfo, data_offset: u64, bytes: &Bytes) -> Result<Stored, 
     let start = data_offset.checked_add(info.offset).and_then(|start| usize::try_from(start).ok());
     let range = start.and_then(|start| Some(start..start.checked_add(size)?)).filter(|range| range.end <= bytes.len());
     let range = range.ok_or("reaches past the end of the file; is it cut off?")?;
-    Ok(Stored { dtype: info.ggml_dtype, dims, bytes: bytes.slice(range) })
+    Ok(Stored { dtype: info.ggml_dtype, dims, pieces: vec![bytes.slice(range)] })
 }
 
 /// candle appends a backtrace to its messages.

@@ -3,8 +3,10 @@
 //! Whatever form a model has on disk, it is seen under one vocabulary of names: GGUF's metadata keys and tensor names
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, and llama.cpp's `gguf-py/gguf/constants.py` for the architectures).
 
+mod folder;
 mod gguf;
 mod map;
+mod quantize;
 mod weight;
 
 use std::{
@@ -16,6 +18,7 @@ use std::{
 use bytes::Bytes;
 use candle_core::quantized::{GgmlDType, gguf_file::Value};
 
+pub use quantize::Quantize;
 pub use weight::Weight;
 
 /// Why a model file cannot be used.
@@ -52,6 +55,31 @@ pub struct Checkpoint {
     metadata: HashMap<String, Value>,
     tensors: HashMap<String, Stored>,
     has_interleaved_rotary: bool,
+    quantize: Quantize,
+}
+
+/// Bytes of all weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// On disk.
+    pub stored: usize,
+    /// In memory, with what [`Checkpoint::quantized`] was told.
+    pub loaded: usize,
+}
+
+/// What a model's makers recommend to sample with, as far as they do.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Sampling {
+    /// `temperature`
+    pub temperature: Option<f32>,
+    /// `top_p`
+    pub top_p: Option<f32>,
+    /// `top_k`
+    pub top_k: Option<usize>,
+    /// `min_p`
+    pub min_p: Option<f32>,
+    /// `repetition_penalty`
+    pub repetition_penalty: Option<f32>,
 }
 
 /// A tensor as it stands on disk; its bytes have the size that type and dimensions ask for.
@@ -60,15 +88,40 @@ struct Stored {
     dtype: GgmlDType,
     /// Outermost first.
     dims: Vec<usize>,
-    bytes: Bytes,
+    /// All of it, or one for each step of the first dimension.
+    pieces: Vec<Bytes>,
+}
+
+impl Stored {
+    /// The bytes of matrix `i` of those that the tensor holds.
+    fn matrix(&self, rows: usize, cols: usize, i: usize) -> Result<Weight, LoadError> {
+        let size = bytes_of(self.dtype, &[rows, cols]).unwrap_or_default();
+        let bytes = match self.pieces.as_slice() {
+            [one] => one.slice(i * size..(i + 1) * size),
+            pieces => pieces[i].clone(),
+        };
+        Weight::new(self.dtype, rows, cols, bytes)
+    }
 }
 
 impl Checkpoint {
-    /// Maps the model at `path`, a GGUF file, and reads its head.
+    fn new(path: &Path, metadata: HashMap<String, Value>, tensors: HashMap<String, Stored>) -> Self {
+        Self { path: path.to_owned(), metadata, tensors, has_interleaved_rotary: false, quantize: Quantize::None }
+    }
+
+    /// Maps the model at `path`, a GGUF file or a folder as Hugging Face lays it out, and reads its head.
     ///
     /// # Errors
     /// When it cannot be read or is not sound.
     pub fn open(path: &Path) -> Result<Self, LoadError> {
+        if path.is_dir() {
+            return folder::read(path);
+        }
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            let reason =
+                "one safetensors file lacks configuration and tokenizer; name the folder that it lies in".to_owned();
+            return Err(LoadError::Broken { path: path.to_owned(), reason });
+        }
         Self::from_bytes(path, map::file(path)?)
     }
 
@@ -80,6 +133,48 @@ impl Checkpoint {
         gguf::read(path, &bytes)
     }
 
+    /// The same, with matrices quantized as they are read.
+    ///
+    /// # Errors
+    /// When they are quantized already.
+    pub fn quantized(mut self, quantize: Quantize) -> Result<Self, LoadError> {
+        let is_dense = |stored: &Stored| stored.dtype.block_size() == 1;
+        let found =
+            self.tensors.iter().find(|(name, stored)| quantize::is_matrix(name, &stored.dims) && !is_dense(stored));
+        if let (Some((name, stored)), true) = (found, quantize != Quantize::None) {
+            return Err(LoadError::Config(format!(
+                "node.quantize is \"{}\", and {} is quantized already ('{name}' is {:?}): leave node.quantize out, or name a model \
+                 in F32, F16 or BF16",
+                quantize.name(),
+                self.path.display(),
+                stored.dtype
+            )));
+        }
+        self.quantize = quantize;
+        Ok(self)
+    }
+
+    /// What all weights take.
+    pub fn sizes(&self) -> Sizes {
+        let size = |dtype: GgmlDType, stored: &Stored| bytes_of(dtype, &stored.dims).unwrap_or_default();
+        let stored = self.tensors.values().map(|stored| size(stored.dtype, stored)).sum();
+        let target = |name: &str, stored: &Stored| self.quantize.target(name, stored.dtype, &stored.dims);
+        Sizes { stored, loaded: self.tensors.iter().map(|(name, stored)| size(target(name, stored), stored)).sum() }
+    }
+
+    /// What the model's makers recommend to sample with.
+    pub fn sampling(&self) -> Sampling {
+        let real = |key: &str| self.real(&format!("general.sampling.{key}")).filter(|x| x.is_finite() && *x >= 0.0);
+        let top_k = self.number("general.sampling.top_k").or(real("top_k").map(|k| k as usize));
+        Sampling {
+            temperature: real("temp"),
+            top_p: real("top_p").filter(|p| *p <= 1.0),
+            top_k,
+            min_p: real("min_p").filter(|p| *p <= 1.0),
+            repetition_penalty: real("penalty_repeat").filter(|x| *x > 0.0),
+        }
+    }
+
     /// A matrix, or a vector as one row.
     ///
     /// # Errors
@@ -87,8 +182,8 @@ impl Checkpoint {
     pub fn weight(&self, name: &str) -> Result<Weight, LoadError> {
         let stored = self.stored(name)?;
         match *stored.dims.as_slice() {
-            [cols] => Weight::new(stored.dtype, 1, cols, stored.bytes.clone()),
-            [rows, cols] => Weight::new(stored.dtype, rows, cols, stored.bytes.clone()),
+            [cols] => stored.matrix(1, cols, 0),
+            [rows, cols] => self.prepared(name, stored, stored.matrix(rows, cols, 0)?),
             ref dims => Err(self.broken(format!("tensor '{name}' has {} dimensions", dims.len()))),
         }
     }
@@ -105,8 +200,11 @@ impl Checkpoint {
         if count != of || i >= of {
             return Err(self.broken(format!("tensor '{name}' holds {count} matrices, not {of}")));
         }
-        let size = stored.bytes.len() / count;
-        Weight::new(stored.dtype, rows, cols, stored.bytes.slice(i * size..(i + 1) * size))
+        self.prepared(name, stored, stored.matrix(rows, cols, i)?)
+    }
+
+    fn prepared(&self, name: &str, stored: &Stored, weight: Weight) -> Result<Weight, LoadError> {
+        quantize::quantized(weight, self.quantize.target(name, stored.dtype, &stored.dims))
     }
 
     fn stored(&self, name: &str) -> Result<&Stored, LoadError> {
