@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, thread::JoinHandle};
 
+use tracing::info;
+
 use super::Loaded;
 use crate::{
     config::NodeConfig,
