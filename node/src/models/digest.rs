@@ -26,6 +26,11 @@ pub(super) fn of_file(path: &Path, progress: &dyn Progress) -> Result<(String, u
     }
 }
 
+/// SHA-256 of a text in hexadecimal.
+pub(super) fn of_text(text: &str) -> String {
+    hex(&Sha256::digest(text.as_bytes()))
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

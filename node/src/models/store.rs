@@ -1,7 +1,7 @@
 //! The folder that models are kept in: `<data dir>/models/`.
 //!
-//! A model is a file with a record beside it (`<file>.json`), written last: a file without its record is not there. Everything on the
-//! way in lies in `.partial/`, under one lock, so a crash leaves nothing that could be taken for a model.
+//! A model is a file, or a folder of files, with a record beside it (`<file>.json`), written last: what has no record is not there.
+//! Everything on the way in lies in `.partial/`, under one lock, so a crash leaves nothing that could be taken for a model.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -11,7 +11,7 @@ use std::{
 use etcetera::BaseStrategy;
 use serde::{Deserialize, Serialize};
 
-use super::{ModelError, ModelRef, Progress, Source, digest, fetch, hub};
+use super::{ModelError, ModelRef, Progress, Source, Wheels, digest, fetch, hub};
 
 /// Version of the record's form.
 const RECORD_VERSION: u32 = 1;
@@ -29,19 +29,33 @@ pub struct Record {
     pub v: u32,
     /// The reference that it was fetched by.
     pub model: String,
-    /// SHA-256 in hexadecimal.
+    /// SHA-256 in hexadecimal: of the file, or of the list of a folder's files as `sha256sum` writes it.
     pub sha256: String,
-    /// Size of the file.
+    /// Size of the file, or of all files.
     pub bytes: u64,
+    /// The files of a folder, by name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FileRecord>,
     /// SPDX name of the licence, where the catalogue knows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub licence: Option<String>,
 }
 
+/// What was known of a folder's file when it came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
 /// One model of the store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kept {
-    /// The file.
+    /// The file or folder.
     pub path: PathBuf,
     /// What is known of it.
     pub record: Record,
@@ -97,6 +111,9 @@ impl Store {
                 }
                 path
             }
+            Source::Hub { file: None, .. } if is_present(&self.folder.join(place(model))) => {
+                return Ok(self.folder.join(place(model)));
+            }
             Source::Hub { owner, repo, file: None } => {
                 let folder = self.folder.join("hf").join(owner).join(repo);
                 if let [kept] = self.below(&folder)?.as_slice() {
@@ -151,7 +168,7 @@ impl Store {
         if !kept.path.exists() {
             return Ok(State::Missing);
         }
-        let (found, _) = digest::of_file(&kept.path, progress)?;
+        let found = measure(&kept.path, progress)?.sha256;
         Ok(if found == kept.record.sha256 { State::Good } else { State::Changed { found } })
     }
 
@@ -198,8 +215,11 @@ impl Store {
         for entry in entries {
             let path = entry.map_err(ModelError::io(folder, "list"))?.path();
             let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-            if path.is_dir() && !hidden {
-                found.extend(self.below(&path)?);
+            if path.is_dir() {
+                // a folder with a record beside it is a model, and what lies in it is its own
+                if !hidden && !record_path(&path).exists() {
+                    found.extend(self.below(&path)?);
+                }
             } else if let Some(file) = described_by(&path) {
                 found.push(Kept { record: read_record(&file)?, path: file });
             }
@@ -211,11 +231,20 @@ impl Store {
 /// Where a model lies below the store's folder. References are narrow enough to be paths, see `reference`.
 fn place(model: &ModelRef) -> PathBuf {
     match model.source() {
-        Source::Pip { package, version, file } => Path::new("pip").join(format!("{package}-{version}")).join(file),
-        Source::Hub { owner, repo, file } => {
-            Path::new("hf").join(owner).join(repo).join(file.as_deref().unwrap_or_default())
-        }
+        Source::Pip(wheels) => Path::new("pip").join(folder_of(wheels)).join(wheels.whole()),
+        Source::Hub { owner, repo, file: Some(file) } => Path::new("hf").join(owner).join(repo).join(file),
+        Source::Hub { owner, repo, file: None } => Path::new("hf-folder").join(owner).join(repo),
         Source::Path(path) => path.clone(),
+    }
+}
+
+/// The package's name and version; of parts the first one's, and what tells these parts from others.
+fn folder_of(wheels: &Wheels) -> String {
+    let names: Vec<String> = wheels.parts.iter().map(|part| format!("{}/{}", part.requirement(), part.file)).collect();
+    let first = wheels.parts.first().map(|part| format!("{}-{}", part.package, part.version)).unwrap_or_default();
+    match names.as_slice() {
+        [_] => first,
+        parts => format!("{first}-{}", &digest::of_text(&parts.join(","))[..12]),
     }
 }
 
@@ -228,18 +257,56 @@ fn not_found(model: &ModelRef, looked: PathBuf) -> ModelError {
 }
 
 fn examine(model: &ModelRef, file: &Path, progress: &dyn Progress) -> Result<Record, ModelError> {
-    let (sha256, bytes) = digest::of_file(file, progress)?;
+    let Measured { sha256, bytes, files } = measure(file, progress)?;
     if let Some(expected) = model.sha256().filter(|expected| *expected != sha256) {
         return Err(ModelError::Checksum { model: model.to_string(), expected: expected.to_owned(), found: sha256 });
     }
     let licence = model.entry().map(|entry| entry.licence.to_owned());
-    Ok(Record { v: RECORD_VERSION, model: model.to_string(), sha256, bytes, licence })
+    Ok(Record { v: RECORD_VERSION, model: model.to_string(), sha256, bytes, files, licence })
+}
+
+/// What is told of a file or folder by reading it.
+struct Measured {
+    sha256: String,
+    bytes: u64,
+    files: Vec<FileRecord>,
+}
+
+fn measure(path: &Path, progress: &dyn Progress) -> Result<Measured, ModelError> {
+    if !path.is_dir() {
+        let (sha256, bytes) = digest::of_file(path, progress)?;
+        return Ok(Measured { sha256, bytes, files: Vec::new() });
+    }
+    let mut files = Vec::new();
+    for path in files_in(path)? {
+        let (sha256, bytes) = digest::of_file(&path, progress)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.push(FileRecord { name, sha256, bytes });
+    }
+    let list: String = files.iter().map(|file| format!("{}  {}\n", file.sha256, file.name)).collect();
+    let bytes = files.iter().map(|file| file.bytes).sum();
+    Ok(Measured { sha256: digest::of_text(&list), bytes, files })
+}
+
+/// Paths of a folder's files, in the order of their names.
+fn files_in(folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
+    let list = || -> std::io::Result<Vec<PathBuf>> { fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect() };
+    let mut paths = list().map_err(ModelError::io(folder, "list"))?;
+    paths.sort();
+    Ok(paths)
 }
 
 fn keep(record: &Record, file: &Path, path: &Path) -> Result<(), ModelError> {
     let folder = path.parent().unwrap_or(path);
     fs::create_dir_all(folder).map_err(ModelError::io(folder, "create"))?;
-    File::open(file).and_then(|f| f.sync_all()).map_err(ModelError::io(file, "write"))?;
+    let written = if file.is_dir() { files_in(file)? } else { vec![file.to_owned()] };
+    for file in &written {
+        File::open(file).and_then(|f| f.sync_all()).map_err(ModelError::io(file, "write"))?;
+    }
+    if file.is_dir() {
+        // what an earlier crash left there has no record, so it is nobody's
+        remove_all(path)?;
+    }
     fs::rename(file, path).map_err(ModelError::io(path, "create"))?;
     let text = serde_json::to_vec_pretty(record).expect("a record is plain data");
     let draft = file.with_extension("json");
@@ -249,8 +316,11 @@ fn keep(record: &Record, file: &Path, path: &Path) -> Result<(), ModelError> {
 }
 
 fn is_present(path: &Path) -> bool {
-    let size = fs::metadata(path).map(|meta| meta.len()).ok();
-    read_record(path).is_ok_and(|record| Some(record.bytes) == size)
+    let has = |path: &Path, bytes: u64| fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == bytes);
+    read_record(path).is_ok_and(|record| match record.files.as_slice() {
+        [] => has(path, record.bytes),
+        files => files.iter().all(|file| has(&path.join(&file.name), file.bytes)),
+    })
 }
 
 fn record_path(path: &Path) -> PathBuf {
@@ -310,6 +380,42 @@ mod tests {
         assert_eq!(kept.len(), 1);
         assert_eq!((kept[0].record.model.as_str(), kept[0].record.bytes), ("hf:acme/tiny/sub/t.gguf", 7));
         assert_eq!(store.verify(&kept[0], &Silent).unwrap(), State::Good);
+    }
+
+    #[test]
+    fn a_folder_is_one_model_with_its_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, model) = (Store::open(dir.path()), model("hf:acme/dense"));
+        let (path, draft) = (store.folder.join(place(&model)), dir.path().join("draft"));
+        let write = |config: &str| {
+            fs::create_dir_all(&draft).unwrap();
+            fs::write(draft.join("config.json"), config).unwrap();
+            fs::write(draft.join("model.safetensors"), "weights").unwrap();
+        };
+        write("{}");
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("left-by-a-crash"), "x").unwrap();
+        assert!(store.locate(&model).is_err());
+        keep(&examine(&model, &draft, &Silent).unwrap(), &draft, &path).unwrap();
+        assert_eq!(store.locate(&model).unwrap(), path);
+        let kept = store.list().unwrap();
+        assert_eq!((kept.len(), kept[0].record.bytes, kept[0].record.files.len()), (1, 9, 2));
+        assert_eq!(store.verify(&kept[0], &Silent).unwrap(), State::Good);
+        fs::write(path.join("config.json"), "[]").unwrap();
+        assert!(matches!(store.verify(&kept[0], &Silent).unwrap(), State::Changed { .. }));
+        fs::remove_file(path.join("model.safetensors")).unwrap();
+        assert!(store.locate(&model).is_err());
+    }
+
+    /// Other parts with the same first one are another model.
+    #[test]
+    fn parts_have_a_place_of_their_own() {
+        let at = |text: &str| place(&model(text));
+        let one = at("pip:a==1/m.gguf.part0,b==1/m.gguf.part1");
+        assert!(one.ends_with("m.gguf") && one.starts_with("pip"));
+        assert_ne!(one, at("pip:a==1/m.gguf.part0,c==1/m.gguf.part1"));
+        assert_eq!(one, at("pip:a==1/m.gguf.part0,b==1/m.gguf.part1#s==1/SUMS"));
+        assert_eq!(at("pip:a==1/x/m.gguf"), Path::new("pip/a-1/x/m.gguf"));
     }
 
     #[test]
