@@ -134,7 +134,7 @@ impl<'a> Config<'a> {
         if let Some(name) = self.present(key).and_then(Json::as_str).filter(|name| !known.contains(name)) {
             return Err(self.unsupported(format!("'{key}' is '{name:.100}'; supported: {}", known.join(", "))));
         }
-        let flags = ["mlp_bias", "use_bidirectional_attention", "use_sliding_window"];
+        let flags = ["use_bidirectional_attention", "use_sliding_window"];
         for key in flags {
             if self.flag(key)? == Some(true) {
                 return Err(self.unsupported(format!("'{key}' is not supported")));
@@ -536,7 +536,7 @@ mod tests {
         for (more, word) in [
             (json!({"model_type": "mamba"}), "mamba"),
             (json!({"hidden_act": "gelu"}), "hidden_act"),
-            (json!({"mlp_bias": true}), "mlp_bias"),
+            (json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
             (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
             (json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), "dynamic"),
             (json!({"hidden_size": -1}), "hidden_size"),

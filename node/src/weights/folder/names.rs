@@ -50,10 +50,9 @@ fn in_layer(family: Family, layer: usize, part: &str) -> Place {
         return found.map_or(Place::Unknown, |(expert, part)| Place::Expert(layer, expert, part));
     }
     let (base, kind) = part.rsplit_once('.').unwrap_or((part, ""));
-    let has_biases = matches!(family, Family::Llama | Family::Mistral | Family::Qwen2);
     let place = match (layer_part(family, base), kind) {
         (Some(place), "weight") => place,
-        (Some(place @ ("attn_q" | "attn_k" | "attn_v")), "bias") if has_biases => place,
+        (Some(place), "bias") if !place.ends_with("_norm") && place != "ffn_gate_inp" => place,
         _ => return Place::Unknown,
     };
     Place::Layer(layer, format!("{place}.{kind}"))
@@ -115,6 +114,7 @@ mod tests {
             (Family::Phi3, "model.layers.7.self_attn.qkv_proj.weight", layer("attn_qkv.weight")),
             (Family::Phi3, "model.layers.7.mlp.gate_up_proj.weight", layer("ffn_up.weight")),
             (Family::Qwen2, "model.layers.7.self_attn.q_proj.bias", layer("attn_q.bias")),
+            (Family::Llama, "model.layers.7.mlp.down_proj.bias", layer("ffn_down.bias")),
             (
                 Family::Qwen3Moe,
                 "model.layers.7.mlp.experts.11.down_proj.weight",
@@ -130,8 +130,8 @@ mod tests {
     #[test]
     fn what_no_architecture_of_ours_reads_is_unknown() {
         for (family, name) in [
-            (Family::Llama, "model.layers.0.self_attn.o_proj.bias"),
-            (Family::Qwen3, "model.layers.0.self_attn.q_proj.bias"),
+            (Family::Llama, "model.layers.0.input_layernorm.bias"),
+            (Family::Qwen3Moe, "model.layers.0.mlp.gate.bias"),
             (Family::Llama, "model.layers.01.mlp.up_proj.weight"),
             (Family::Llama, "model.layers.-1.mlp.up_proj.weight"),
             (Family::Llama, "model.layers.0.mlp.up_proj.lora_A"),
