@@ -14,6 +14,7 @@ mod allowlist;
 mod mtls;
 mod failover;
 mod batching;
+mod fair;
 mod bad_input;
 mod golden;
 mod metrics;

@@ -1,6 +1,9 @@
 //! One request's frame: drawn once when its head has been read, the same for every node that the request meets.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv6Addr},
+    sync::Arc,
+};
 
 use http::Method;
 use pingora::protocols::http::ServerSession;
@@ -27,6 +30,15 @@ pub(crate) struct RequestCtx {
 }
 
 impl RequestCtx {
+    /// Who takes a share of a node with it: the key's owner, else the client's address, of IPv6 the network of one site.
+    pub(crate) fn payer(&self) -> Option<Arc<str>> {
+        let of_address = |address: IpAddr| match address {
+            IpAddr::V4(address) => address.to_string().into(),
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).to_string().into(),
+        };
+        self.tenant.clone().or_else(|| self.client.map(of_address))
+    }
+
     /// The frame of the request whose head `session` has just read.
     pub(crate) fn of(session: &ServerSession) -> Self {
         let head = session.req_header();

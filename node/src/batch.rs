@@ -62,8 +62,8 @@ impl Batch {
         self.clear();
         for piece in &plan.pieces {
             let sequence = scheduler.sequence(piece.seq).expect("a planned sequence runs");
-            let blocks: Vec<u32> = sequence.blocks().iter().map(|b| b.0).collect();
-            self.push(&sequence.tokens()[piece.start..piece.start + piece.len], piece.start, &blocks);
+            let blocks = sequence.blocks().iter().map(|b| b.0);
+            self.push_rows(&sequence.tokens()[piece.start..piece.start + piece.len], piece.start, blocks);
             self.ask(piece, sequence.terms());
         }
     }
@@ -87,14 +87,19 @@ impl Batch {
 
     /// Appends `tokens` of one sequence, the first at position `start`.
     pub fn push(&mut self, tokens: &[u32], start: usize, blocks: &[u32]) {
-        self.spans.push(Span { first_row: self.tokens.len(), rows: tokens.len(), start, blocks_at: self.blocks.len() });
-        for (i, token) in tokens.iter().enumerate() {
-            let position = start + i;
-            self.tokens.push(*token);
+        self.push_rows(tokens, start, blocks.iter().copied());
+    }
+
+    fn push_rows(&mut self, tokens: &[u32], start: usize, blocks: impl Iterator<Item = u32>) {
+        let blocks_at = self.blocks.len();
+        self.blocks.extend(blocks);
+        self.spans.push(Span { first_row: self.tokens.len(), rows: tokens.len(), start, blocks_at });
+        self.tokens.extend_from_slice(tokens);
+        for position in start..start + tokens.len() {
+            let block = self.blocks[blocks_at + position / BLOCK_TOKENS];
             self.positions.push(position as u32);
-            self.slots.push(blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32);
+            self.slots.push(block * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32);
         }
-        self.blocks.extend_from_slice(blocks);
     }
 
     /// Empties the batch and keeps its memory.

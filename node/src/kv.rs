@@ -91,16 +91,14 @@ impl KvPool {
         self.blocks.is_empty()
     }
 
-    /// The cached blocks of the longest known prefix, each referenced once more, with their hashes. At most `blocks_max`.
-    pub fn take_prefix(&mut self, tokens: &[u32], blocks_max: usize) -> Vec<(BlockId, BlockHash)> {
-        let mut found: Vec<(BlockId, BlockHash)> = Vec::new();
-        for full in tokens.chunks_exact(BLOCK_TOKENS).take(blocks_max) {
-            let hash = BlockHash::chain(found.last().map(|(_, h)| *h), full);
-            let Some(&block) = self.by_hash.get(&hash) else { break };
-            self.reference(block);
-            found.push((block, hash));
-        }
-        found
+    /// The blocks of the longest known prefix of a chain of hashes. They are not taken; see [`take`](Self::take).
+    pub fn find(&self, chain: &[BlockHash]) -> Vec<BlockId> {
+        chain.iter().map_while(|hash| self.by_hash.get(hash).copied()).collect()
+    }
+
+    /// One reference more to each of these blocks, which [`find`](Self::find) has just found.
+    pub fn take(&mut self, blocks: &[BlockId]) {
+        blocks.iter().for_each(|id| self.reference(*id));
     }
 
     /// An empty block with one reference; evicts the longest unused cached block when none is free.
@@ -196,6 +194,14 @@ mod tests {
             .collect()
     }
 
+    fn chain(tokens: &[u32]) -> Vec<BlockHash> {
+        let mut chain = Vec::new();
+        for full in tokens.chunks_exact(BLOCK_TOKENS) {
+            chain.push(BlockHash::chain(chain.last().copied(), full));
+        }
+        chain
+    }
+
     #[test]
     fn a_prefix_is_found_again_until_it_is_evicted() {
         let mut pool = KvPool::new(3);
@@ -204,14 +210,16 @@ mod tests {
         blocks.iter().rev().for_each(|b| pool.release(*b));
         assert_eq!(pool.counts(), Counts { free: 1, referenced: 0, cached: 2 });
 
-        let found: Vec<BlockId> = pool.take_prefix(&tokens, 9).into_iter().map(|(id, _)| id).collect();
+        let found = pool.find(&chain(&tokens));
         assert_eq!(found, blocks);
+        pool.take(&found);
+        assert_eq!((pool.available(), pool.references(found[0])), (1, 1));
         found.iter().rev().for_each(|b| pool.release(*b));
 
         // the tail goes first, so what is left is still a prefix
         pool.allocate().unwrap();
         pool.allocate().unwrap();
-        assert_eq!(pool.take_prefix(&tokens, 9).len(), 1);
+        assert_eq!(pool.find(&chain(&tokens)).len(), 1);
         assert!(pool.is_balanced());
     }
 
@@ -234,7 +242,11 @@ mod tests {
                         pool.seal(id, BlockHash::chain(None, &[x; 16]));
                         held.push(id);
                     },
-                    1 => held.extend(pool.take_prefix(&[x; 16], 1).into_iter().map(|(id, _)| id)),
+                    1 => {
+                        let found = pool.find(&[BlockHash::chain(None, &[x; 16])]);
+                        pool.take(&found);
+                        held.extend(found);
+                    },
                     _ => if !held.is_empty() {
                         let id = held.swap_remove(x as usize % held.len());
                         pool.release(id);

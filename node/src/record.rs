@@ -2,21 +2,18 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
-use prometheus::{Encoder, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder};
+use prometheus::{Encoder, GaugeVec, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder};
 use tidegate_common::{
     contract::{ApiError, ErrorKind},
     ids::RequestId,
 };
 use tracing::info;
 
-use crate::{engine::Stats, stop::Finish};
+use crate::{engine::Stats, sched::Class, stop::Finish};
 
 /// How a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +28,8 @@ pub enum Outcome {
     HandedOver,
     /// Its deadline passed.
     TimedOut,
+    /// Its deadline passed before its first step.
+    TimedOutWaiting,
     /// The engine thread is gone.
     EngineLost,
 }
@@ -43,8 +42,14 @@ impl Outcome {
             Self::ClientLeft => "client_left",
             Self::HandedOver => "handed_over",
             Self::TimedOut => "timed_out",
+            Self::TimedOutWaiting => "timed_out_waiting",
             Self::EngineLost => "engine_lost",
         }
+    }
+
+    /// Whether its deadline passed, so that no other node may go on with it.
+    pub fn is_late(self) -> bool {
+        matches!(self, Self::TimedOut | Self::TimedOutWaiting)
     }
 
     /// What a client is told that came without a balancer.
@@ -54,6 +59,11 @@ impl Outcome {
                 ErrorKind::DeadlineExceeded,
                 "timed_out",
                 "the request took longer than node.request_timeout allows",
+            ),
+            Self::TimedOutWaiting => ApiError::new(
+                ErrorKind::DeadlineExceeded,
+                "queue_timeout",
+                "the request waited in the queue for as long as node.request_timeout or its own deadline allows; the node is too busy for it",
             ),
             Self::HandedOver => {
                 ApiError::new(ErrorKind::Unavailable, "draining", "the node shut down before the answer was whole")
@@ -89,8 +99,6 @@ pub struct Metrics {
     generation_tokens: Histogram,
     ends: IntCounterVec,
     model: String,
-    /// Moving average of a request's time, in milliseconds.
-    typical_ms: Arc<AtomicU64>,
 }
 
 impl Metrics {
@@ -149,14 +157,8 @@ impl Metrics {
                 &TOKEN_COUNTS,
             )?,
             latency: histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", &long)?,
-            typical_ms: Arc::new(AtomicU64::new(1000)),
             registry,
         })
-    }
-
-    /// How long until a place is likely free: the typical time of a request.
-    pub fn expected_wait(&self) -> Duration {
-        Duration::from_millis(self.typical_ms.load(Relaxed)).clamp(Duration::from_secs(1), Duration::from_secs(60))
     }
 
     /// All metrics in Prometheus' text format.
@@ -192,7 +194,11 @@ fn engine_families(stats: &Stats, model: &str) -> Registry {
         ("vllm:generation_tokens_total", "Tokens generated.", &stats.generated_tokens),
         ("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.", &stats.tokens_looked_up),
         ("vllm:prefix_cache_hits_total", "Tokens found in the prefix cache.", &stats.prompt_tokens_cached),
-        ("vllm:num_preemptions_total", "Sequences put back for want of KV blocks.", &stats.preemptions),
+        (
+            "vllm:num_preemptions_total",
+            "Sequences put back, for want of KV blocks or for another tenant's share.",
+            &stats.preemptions,
+        ),
         ("tidegate_node_steps_total", "Steps finished.", &stats.steps),
     ];
     for (name, help, value) in counters {
@@ -201,7 +207,31 @@ fn engine_families(stats: &Stats, model: &str) -> Registry {
             let _ = registry.register(Box::new(counter));
         }
     }
+    let _ = registry.register(Box::new(stats.queue_time.clone()));
+    let _ = registry.register(Box::new(waiting_by_class(stats)));
+    let _ = registry.register(Box::new(preemptions_by_reason(stats)));
     registry
+}
+
+fn waiting_by_class(stats: &Stats) -> GaugeVec {
+    let opts = Opts::new("tidegate_node_waiting", "Sequences that wait for a place, by priority class.");
+    let gauges = GaugeVec::new(opts, &["priority"]).expect("the name is valid");
+    for (class, waiting) in Class::ALL.into_iter().zip(&stats.waiting_by_class) {
+        gauges.with_label_values(&[class.word()]).set(waiting.load(Relaxed) as f64);
+    }
+    gauges
+}
+
+fn preemptions_by_reason(stats: &Stats) -> IntCounterVec {
+    let opts = Opts::new(
+        "tidegate_node_preemptions_total",
+        "Sequences put back: 'blocks' for want of KV blocks, 'share' for a tenant with fewer places.",
+    );
+    let counters = IntCounterVec::new(opts, &["reason"]).expect("the name is valid");
+    let (all, share) = (stats.preemptions.load(Relaxed), stats.preemptions_for_share.load(Relaxed));
+    counters.with_label_values(&["share"]).inc_by(share);
+    counters.with_label_values(&["blocks"]).inc_by(all.saturating_sub(share));
+    counters
 }
 
 /// One request's record; written when it is dropped.
@@ -288,7 +318,9 @@ impl Record {
         match self.outcome {
             Outcome::Finished | Outcome::Refused => {}
             Outcome::EngineLost => m.ends.with_label_values(&[ERROR]).inc(),
-            Outcome::ClientLeft | Outcome::HandedOver | Outcome::TimedOut => m.ends.with_label_values(&[ABORT]).inc(),
+            Outcome::ClientLeft | Outcome::HandedOver | Outcome::TimedOut | Outcome::TimedOutWaiting => {
+                m.ends.with_label_values(&[ABORT]).inc()
+            }
         }
         let Some(first) = self.first_token else { return };
         m.prompt_tokens.observe(self.prompt_tokens as f64);
@@ -298,8 +330,6 @@ impl Record {
         if self.tokens > 1 {
             m.time_per_token.observe(first.elapsed().as_secs_f64() / (self.tokens - 1) as f64);
         }
-        let typical = m.typical_ms.load(Relaxed);
-        m.typical_ms.store((typical * 7 + total.as_millis() as u64) / 8, Relaxed);
     }
 }
 

@@ -56,8 +56,8 @@ impl Generation {
         if let Some(seed) = self.seed {
             head.insert_header(headers::SEED, seed.to_string())?;
         }
-        if let Some(tenant) = &ctx.tenant {
-            head.insert_header(headers::TENANT, tenant.as_ref())?;
+        if let Some(payer) = ctx.payer() {
+            head.insert_header(headers::TENANT, payer.as_ref())?;
         }
         Ok(NodeRequest { head: Box::new(head), body })
     }

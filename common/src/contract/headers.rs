@@ -15,10 +15,11 @@ pub const CREATED: &str = "x-tidegate-created";
 /// Milliseconds that the request may still take.
 pub const DEADLINE_MS: &str = "x-tidegate-deadline-ms";
 
-/// Who pays for the request, for fair sharing.
+/// Who pays for the request, for fair sharing: the key's owner, or without keys the client's address. A node takes what it is given;
+/// without it a request is `anonymous`'s.
 pub const TENANT: &str = "x-tidegate-tenant";
 
-/// Priority class of the request.
+/// Priority class of the request: `high`, `normal` or `low`; without it, `normal`.
 pub const PRIORITY: &str = "x-tidegate-priority";
 
 /// `1`: answer as a stream of events that carry their tokens, whatever the client asked for.

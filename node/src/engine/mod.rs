@@ -2,28 +2,36 @@
 //! There is no lock between them: requests go in by a channel, tokens come out by one channel for each choice.
 
 mod extras;
+mod pace;
+mod places;
 mod stats;
 mod worker;
 
 use std::{
     sync::{
         Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{self, SyncSender, TrySendError},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc as events, oneshot};
+use tokio::sync::{mpsc as events, oneshot};
 
 use crate::{
     guide::Guide,
     model::Model,
     sample::{Logprobs, Sampling},
-    sched::Limits,
+    sched::{Limits, Owner},
     stop::{Finish, StopRule},
 };
 
+use places::{Place, Places};
 pub use stats::Stats;
+
+/// Most starts on their way to the engine thread, which takes them in before each step.
+const STARTS_MAX: usize = 4096;
 
 /// One token of one choice.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,12 +89,23 @@ pub enum Pooling {
 pub struct Tokens {
     /// The tokens as they come; it closes early only when the engine dies.
     pub events: events::Receiver<Event>,
-    _permit: OwnedSemaphorePermit,
+    begun: Arc<AtomicBool>,
+    _place: Place,
+}
+
+impl Tokens {
+    /// Whether it waits for its first step.
+    pub fn is_waiting(&self) -> bool {
+        !self.begun.load(Relaxed)
+    }
 }
 
 struct Start {
+    owner: Owner,
     generation: Generation,
     events: events::Sender<Event>,
+    begun: Arc<AtomicBool>,
+    submitted: Instant,
 }
 
 /// Why a request was not taken.
@@ -94,6 +113,8 @@ struct Start {
 pub enum Refused {
     /// As many sequences run and wait as may.
     Full,
+    /// As many of this tenant's sequences run and wait as may.
+    TenantFull,
     /// The engine has ended.
     Dead,
 }
@@ -105,6 +126,8 @@ pub struct EngineConfig {
     pub limits: Limits,
     /// Most sequences that wait for a place.
     pub queue_max: usize,
+    /// Most of one tenant's sequences that wait for a place.
+    pub queue_max_tenant: usize,
     /// KV blocks.
     pub blocks: usize,
 }
@@ -113,48 +136,48 @@ pub struct EngineConfig {
 #[derive(Debug, Clone)]
 pub struct Engine {
     starts: SyncSender<Start>,
-    places: Arc<Semaphore>,
-    places_max: usize,
+    places: Arc<Places>,
     stats: Arc<Stats>,
 }
 
 impl Engine {
     /// Starts the engine thread; it ends when the last handle is gone.
     pub fn start(model: Box<dyn Model>, config: EngineConfig) -> (Self, JoinHandle<()>) {
-        let places = config.limits.batch_size_max + config.queue_max;
+        let size = config.limits.batch_size_max;
+        let places = Places::new(size + config.queue_max, size + config.queue_max_tenant);
         // starts of clients that left at once are only taken out with the next step
-        let (starts, receiver) = mpsc::sync_channel(2 * places);
+        let (starts, receiver) = mpsc::sync_channel(STARTS_MAX.min(2 * (size + config.queue_max)));
         let stats = Arc::new(Stats::new(config.blocks));
         let worker = worker::Worker::new(model, config, receiver, stats.clone());
         let builder = std::thread::Builder::new().name("engine".into());
         let thread = builder.spawn(move || worker.run()).expect("a thread can be started");
-        (Self { starts, places: Arc::new(Semaphore::new(places)), places_max: places, stats }, thread)
+        (Self { starts, places, stats }, thread)
     }
 
     /// Takes all of a request's choices, or none.
     ///
     /// # Errors
     /// When there is no place for all of them, or the engine has ended.
-    pub fn submit(&self, generations: Vec<Generation>) -> Result<Vec<Tokens>, Refused> {
-        let count = u32::try_from(generations.len()).map_err(|_| Refused::Full)?;
-        let mut permits = self.places.clone().try_acquire_many_owned(count).map_err(|_| Refused::Full)?;
+    pub fn submit(&self, owner: &Owner, generations: Vec<Generation>) -> Result<Vec<Tokens>, Refused> {
+        let places = self.places.take(&owner.tenant, generations.len())?;
         let mut all = Vec::with_capacity(generations.len());
-        for generation in generations {
-            let permit = permits.split(1).expect("one permit was taken for each");
+        for (generation, place) in generations.into_iter().zip(places) {
             // a place for every token the choice can make: the engine never waits for a slow reader
             let (sender, events) = events::channel(generation.stop.tokens_max.max(1));
-            self.starts.try_send(Start { generation, events: sender }).map_err(|e| match e {
+            let (owner, begun) = (owner.clone(), Arc::new(AtomicBool::new(false)));
+            let start = Start { owner, generation, events: sender, begun: begun.clone(), submitted: Instant::now() };
+            self.starts.try_send(start).map_err(|e| match e {
                 TrySendError::Full(_) => Refused::Full,
                 TrySendError::Disconnected(_) => Refused::Dead,
             })?;
-            all.push(Tokens { events, _permit: permit });
+            all.push(Tokens { events, begun, _place: place });
         }
         Ok(all)
     }
 
     /// Choices whose answers have not been read to their end.
     pub fn open(&self) -> usize {
-        self.places_max - self.places.available_permits()
+        self.places.open()
     }
 
     /// What the engine does now.

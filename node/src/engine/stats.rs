@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use prometheus::{Histogram, HistogramOpts};
+
 /// Counters and gauges.
 #[derive(Debug)]
 pub struct Stats {
@@ -13,6 +15,10 @@ pub struct Stats {
     pub running: AtomicU64,
     /// Sequences that wait.
     pub waiting: AtomicU64,
+    /// The same in the order of [`Class::ALL`](crate::sched::Class::ALL).
+    pub waiting_by_class: [AtomicU64; 3],
+    /// From a sequence's coming to its first step, in seconds.
+    pub queue_time: Histogram,
     /// KV blocks free or evictable.
     pub blocks_free: AtomicU64,
     /// All KV blocks.
@@ -27,8 +33,12 @@ pub struct Stats {
     pub prompt_tokens_cached: AtomicU64,
     /// Tokens generated.
     pub generated_tokens: AtomicU64,
-    /// Sequences put back for want of blocks.
+    /// Sequences put back.
     pub preemptions: AtomicU64,
+    /// Of those, for a share with fewer places, and not for want of blocks.
+    pub preemptions_for_share: AtomicU64,
+    /// How long all that is there will take, in milliseconds; 0 before the first step.
+    backlog_ms: AtomicU64,
     /// Layers computed; grows within a step too, so it tells a long step from a hung one.
     pub beats: AtomicU64,
     /// When the last layer was computed or the engine last had nothing to do, in milliseconds since `started`.
@@ -42,6 +52,8 @@ impl Stats {
             started: Instant::now(),
             running: zero(),
             waiting: zero(),
+            waiting_by_class: [zero(), zero(), zero()],
+            queue_time: queue_time(),
             blocks_free: AtomicU64::new(blocks as u64),
             blocks_total: blocks as u64,
             steps: zero(),
@@ -50,6 +62,8 @@ impl Stats {
             prompt_tokens_cached: zero(),
             generated_tokens: zero(),
             preemptions: zero(),
+            preemptions_for_share: zero(),
+            backlog_ms: zero(),
             beats: zero(),
             progress_ms: zero(),
         }
@@ -58,6 +72,17 @@ impl Stats {
     pub(super) fn note_progress(&self) {
         self.beats.fetch_add(1, Relaxed);
         self.progress_ms.store(self.started.elapsed().as_millis() as u64, Relaxed);
+    }
+
+    pub(super) fn note_backlog(&self, time: Option<Duration>) {
+        let ms = time.map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        self.backlog_ms.store(ms, Relaxed);
+    }
+
+    /// How long until all that runs and waits now is done, by the tokens it lacks and the measured rate; at most an hour. A request
+    /// that is refused now finds a place by then.
+    pub fn backlog(&self) -> Duration {
+        Duration::from_millis(self.backlog_ms.load(Relaxed)).min(Duration::from_secs(3600))
     }
 
     /// How long ago a layer was computed, while sequences run; zero when idle.
@@ -72,4 +97,11 @@ impl Stats {
     pub fn kv_usage(&self) -> f64 {
         1.0 - self.blocks_free.load(Relaxed) as f64 / self.blocks_total.max(1) as f64
     }
+}
+
+fn queue_time() -> Histogram {
+    let buckets = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+    let help = "From a sequence's coming to its first step.";
+    let opts = HistogramOpts::new("vllm:request_queue_time_seconds", help).buckets(buckets.to_vec());
+    Histogram::with_opts(opts).expect("the buckets rise")
 }

@@ -19,7 +19,7 @@ fn engine_with(blocks: usize, queue_max: usize, batch_tokens_max: usize, threads
     let limits = Limits { batch_tokens_max, ..LIMITS };
     let capacity = Capacity { batch_tokens_max, context: 128, blocks };
     let model = model::load(&tiny::llama(3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
-    Engine::start(model, EngineConfig { limits, queue_max, blocks }).0
+    Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks }).0
 }
 
 fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
@@ -65,7 +65,7 @@ fn read(tokens: Tokens) -> Vec<u32> {
 }
 
 fn run(engine: &Engine, generation: Generation) -> Vec<Event> {
-    read_all(engine.submit(vec![generation]).unwrap().remove(0))
+    read_all(engine.submit(&Owner::default(), vec![generation]).unwrap().remove(0))
 }
 
 fn alone(i: u32) -> Vec<u32> {
@@ -79,7 +79,7 @@ fn company_chunks_threads_preemption_and_a_warm_cache_change_no_token_and_no_log
     for (batch_tokens_max, threads) in [(24, 1), (9, 2), (64, 2)] {
         let crowded = engine_with(14, 16, batch_tokens_max, threads);
         for _ in 0..2 {
-            let running = crowded.submit((0..12).map(|i| generation(i, &[], 40)).collect()).unwrap();
+            let running = crowded.submit(&Owner::default(), (0..12).map(|i| generation(i, &[], 40)).collect()).unwrap();
             let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
             assert_eq!(found, expected, "{batch_tokens_max} tokens a step, {threads} threads");
         }
@@ -96,7 +96,7 @@ fn measure(engine: &Engine, i: u32, pooling: Pooling) -> (Vec<u32>, Vec<Logprobs
     let wants = Wants { prompt_logprobs: Some((2, scores)), embedding: Some((pooling, vectors)) };
     let generation = Generation { wants, ..generation(i, &[], 0) };
     let prompt = generation.tokens.clone();
-    let tokens = engine.submit(vec![generation]).unwrap().remove(0);
+    let tokens = engine.submit(&Owner::default(), vec![generation]).unwrap().remove(0);
     let measured = (prompt, scored.blocking_recv().unwrap(), vector.blocking_recv().unwrap());
     assert_eq!(read_all(tokens), []);
     measured
@@ -109,7 +109,7 @@ fn what_is_measured_of_a_prompt_does_not_depend_on_steps_or_company() {
         for i in [1, 4, 10] {
             let expected = measure(&engine(64, 0), i, pooling);
             assert_eq!(expected.1.len() + 1, expected.0.len(), "one for each token after the first");
-            let beside = crowded.submit((0..10).map(|i| generation(i, &[], 40)).collect()).unwrap();
+            let beside = crowded.submit(&Owner::default(), (0..10).map(|i| generation(i, &[], 40)).collect()).unwrap();
             // twice, so that the prompt's blocks are there the second time
             for _ in 0..2 {
                 assert_eq!(measure(&crowded, i, pooling), expected);
@@ -130,7 +130,7 @@ fn the_logprobs_of_an_answer_are_those_of_the_same_tokens_as_a_prompt() {
     let tokens: Vec<u32> = prompt.iter().copied().chain(answer.iter().map(|event| event.token)).collect();
     let wants = Wants { prompt_logprobs: Some((3, scores)), embedding: None };
     let whole = Generation { prompt_len: tokens.len(), tokens, wants, ..generation(1, &[], 0) };
-    let _reader = engine.submit(vec![whole]).unwrap();
+    let _reader = engine.submit(&Owner::default(), vec![whole]).unwrap();
     let scored = scored.blocking_recv().unwrap();
     let found: Vec<Logprobs> = answer.into_iter().map(|event| *event.logprobs.unwrap()).collect();
     assert_eq!(scored[prompt.len() - 1..], found);
@@ -141,7 +141,9 @@ fn a_sequence_taken_up_from_its_tokens_goes_on_the_same() {
     for i in 0..4 {
         let whole = alone(i);
         for had in [1, 17, 39] {
-            let rest = read(engine(64, 0).submit(vec![generation(i, &whole[..had], 40)]).unwrap().remove(0));
+            let rest = read(
+                engine(64, 0).submit(&Owner::default(), vec![generation(i, &whole[..had], 40)]).unwrap().remove(0),
+            );
             assert_eq!(rest, whole[had..]);
         }
     }
@@ -151,13 +153,13 @@ fn a_sequence_taken_up_from_its_tokens_goes_on_the_same() {
 fn over_the_queue_is_refused_whole_and_a_reader_that_leaves_makes_room() {
     let engine = engine(64, 1);
     let long = || generation(1, &[], 90);
-    let first = engine.submit((0..9).map(|_| long()).collect()).unwrap();
-    assert!(matches!(engine.submit(vec![long()]), Err(Refused::Full)));
+    let first = engine.submit(&Owner::default(), (0..9).map(|_| long()).collect()).unwrap();
+    assert!(matches!(engine.submit(&Owner::default(), vec![long()]), Err(Refused::Full)));
     drop(first);
     let stats = engine.stats();
     // what has left is swept out by the next step
     let mut taken = loop {
-        match engine.submit(vec![generation(2, &[], 5)]) {
+        match engine.submit(&Owner::default(), vec![generation(2, &[], 5)]) {
             Err(Refused::Full) => std::thread::yield_now(),
             settled => break settled.unwrap(),
         }
@@ -194,7 +196,8 @@ impl Model for Poisoned {
 #[test]
 fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
     let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
-    let (engine, _) = Engine::start(Box::new(Poisoned), EngineConfig { limits, queue_max: 4, blocks: 16 });
+    let (engine, _) =
+        Engine::start(Box::new(Poisoned), EngineConfig { limits, queue_max: 4, queue_max_tenant: 4, blocks: 16 });
     let prompt = |token: u32| Generation {
         tokens: vec![token; 3],
         prompt_len: 3,
@@ -202,7 +205,7 @@ fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
         logprobs: None,
         ..generation(0, &[], 4)
     };
-    let running = engine.submit(vec![prompt(63), prompt(5)]).unwrap();
+    let running = engine.submit(&Owner::default(), vec![prompt(63), prompt(5)]).unwrap();
     let answers: Vec<Vec<u32>> = running.into_iter().map(read).collect();
     assert_eq!(answers, [vec![], vec![1; 4]]);
     assert_eq!(engine.open(), 0);

@@ -5,21 +5,22 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::Ordering::Relaxed,
+        atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{Receiver, TryRecvError},
     },
+    time::Instant,
 };
 
 use tokio::sync::mpsc as events;
 use tracing::{error, warn};
 
-use super::{EngineConfig, Event, Generation, Start, Stats, extras::Extras};
+use super::{EngineConfig, Event, Generation, Start, Stats, extras::Extras, pace::Pace};
 use crate::{
     batch::Batch,
     guide::Guide,
     model::Model,
     sample::{self, Draw, Logprobs, Said, Sampling},
-    sched::{Plan, Scheduler, SeqId},
+    sched::{Cause, Plan, Scheduler, SeqId},
     stop::{Finish, StopRule},
 };
 
@@ -37,10 +38,17 @@ struct Running {
     extras: Extras,
     events: events::Sender<Event>,
     generated: usize,
+    /// Until its first step.
+    waits: Option<Waits>,
+}
+
+struct Waits {
+    since: Instant,
+    begun: Arc<AtomicBool>,
 }
 
 impl Running {
-    fn new(generation: Generation, events: events::Sender<Event>) -> Self {
+    fn new(generation: Generation, events: events::Sender<Event>, waits: Waits) -> Self {
         let (prompt, had) = generation.tokens.split_at(generation.prompt_len);
         let mut guide = generation.guide;
         if let Some(guide) = &mut guide {
@@ -58,6 +66,7 @@ impl Running {
             extras: Extras::new(generation.wants),
             events,
             generated: had.len(),
+            waits: Some(waits),
         }
     }
 
@@ -104,6 +113,7 @@ pub(super) struct Worker {
     sequences: HashMap<SeqId, Running>,
     starts: Receiver<Start>,
     stats: Arc<Stats>,
+    pace: Pace,
     next_id: u64,
     candidates: Vec<(f32, u32)>,
     /// One row of logits, moved by bias, penalties and grammar.
@@ -119,6 +129,7 @@ impl Worker {
             sequences: HashMap::new(),
             starts,
             stats,
+            pace: Pace::default(),
             next_id: 0,
             candidates: Vec::new(),
             moved: Vec::new(),
@@ -131,8 +142,11 @@ impl Worker {
             self.drop_abandoned();
             let plan = self.scheduler.plan();
             self.publish(&plan);
+            self.begin(&plan);
             if !plan.pieces.is_empty() {
+                let began = Instant::now();
                 self.step_or_drop(&plan);
+                self.pace.note_step(plan.tokens(), began.elapsed());
             }
         }
     }
@@ -180,7 +194,10 @@ impl Worker {
             // an error means that the reader is gone, which the next step sees
             let _ = s.events.try_send(event);
             match finish {
-                Some(_) => self.remove(id),
+                Some(_) => {
+                    self.pace.note_answer(s.generated);
+                    self.remove(id);
+                }
                 None => self.scheduler.push(id, token),
             }
         }
@@ -206,25 +223,44 @@ impl Worker {
         }
     }
 
-    fn add(&mut self, Start { generation, events }: Start) {
+    fn add(&mut self, start: Start) {
         if self.sequences.is_empty() {
             // the time without work was no silence
             self.stats.note_progress();
         }
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        let tokens = generation.tokens.clone();
-        let running = Running::new(generation, events);
+        let tokens = start.generation.tokens.clone();
+        let running =
+            Running::new(start.generation, start.events, Waits { since: start.submitted, begun: start.begun });
         self.stats.prompt_tokens.fetch_add(running.prompt_len as u64, Relaxed);
-        self.scheduler.add(id, tokens, running.extras.terms());
+        self.scheduler.add(id, tokens, running.extras.terms(), start.owner);
         self.sequences.insert(id, running);
     }
 
-    /// Frees the blocks of sequences whose readers are gone.
+    /// Frees the blocks of sequences whose readers are gone, and says how long the others will take.
     fn drop_abandoned(&mut self) {
-        let abandoned: Vec<SeqId> =
-            self.sequences.iter().filter(|(_, s)| s.events.is_closed()).map(|(id, _)| *id).collect();
+        let (mut abandoned, mut owed) = (Vec::new(), 0usize);
+        for (id, s) in &self.sequences {
+            if s.events.is_closed() {
+                abandoned.push(*id);
+            } else {
+                let left = s.stop.tokens_max.saturating_sub(s.generated);
+                owed = owed.saturating_add(self.pace.owed(self.scheduler.pending(*id), left));
+            }
+        }
         abandoned.into_iter().for_each(|id| self.remove(id));
+        self.stats.note_backlog(self.pace.time_for(owed));
+    }
+
+    /// Notes which sequences have waited until now.
+    fn begin(&mut self, plan: &Plan) {
+        for piece in &plan.pieces {
+            if let Some(Waits { since, begun }) = self.sequences.get_mut(&piece.seq).and_then(|s| s.waits.take()) {
+                begun.store(true, Relaxed);
+                self.stats.queue_time.observe(since.elapsed().as_secs_f64());
+            }
+        }
     }
 
     fn remove(&mut self, id: SeqId) {
@@ -239,6 +275,10 @@ impl Worker {
         stats.blocks_free.store(self.scheduler.kv().available() as u64, Relaxed);
         stats.tokens_looked_up.fetch_add(plan.tokens_looked_up as u64, Relaxed);
         stats.prompt_tokens_cached.fetch_add(plan.tokens_cached as u64, Relaxed);
+        let waiting = self.scheduler.waiting_by_class();
+        stats.waiting_by_class.iter().zip(waiting).for_each(|(gauge, count)| gauge.store(count as u64, Relaxed));
+        let for_share = plan.preempted.iter().filter(|(_, cause)| *cause == Cause::Share).count();
         stats.preemptions.fetch_add(plan.preempted.len() as u64, Relaxed);
+        stats.preemptions_for_share.fetch_add(for_share as u64, Relaxed);
     }
 }

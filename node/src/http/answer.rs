@@ -192,7 +192,8 @@ impl Answer {
             generations.extend(generation);
         }
         let indices: Vec<u32> = generations.iter().map(|g| g.choice).collect();
-        let tokens = loaded.engine.submit(generations).map_err(|refused| refusal(refused, &app))?;
+        let tokens =
+            loaded.engine.submit(&frame.owner, generations).map_err(|refused| refusal(refused, &app, &loaded))?;
         Ok(Self {
             loaded,
             path,
@@ -300,7 +301,7 @@ impl Answer {
                 None => self.after_last(),
             },
             () = handover.wait() => Next::Broken(Outcome::HandedOver),
-            () = tokio::time::sleep_until(deadline) => Next::Broken(Outcome::TimedOut),
+            () = tokio::time::sleep_until(deadline) => Next::Broken(self.late()),
             () = tokio::time::sleep(WAIT_INTERVAL) => Next::Silence,
         }
     }
@@ -376,7 +377,7 @@ impl Answer {
     /// A balancer goes on elsewhere; a client that came directly, or whose time is over, is told.
     fn write_break(&mut self, outcome: Outcome, out: &mut Vec<u8>) {
         self.end(outcome);
-        if self.frame.wire && outcome != Outcome::TimedOut {
+        if self.frame.wire && !outcome.is_late() {
             out.extend_from_slice(event::HANDOVER);
         } else {
             let (name, data) = outcome.error().to_event_at(&self.path);
@@ -390,6 +391,12 @@ impl Answer {
         if let Some(record) = &mut self.record {
             record.end(outcome);
         }
+    }
+
+    /// The deadline has passed.
+    fn late(&self) -> Outcome {
+        let is_waiting = self.tokens.values().all(Tokens::is_waiting);
+        if is_waiting { Outcome::TimedOutWaiting } else { Outcome::TimedOut }
     }
 
     fn usage(&mut self) -> Usage {
@@ -421,18 +428,20 @@ enum Next {
     Broken(Outcome),
 }
 
-fn refusal(refused: Refused, app: &App) -> ApiError {
-    match refused {
-        Refused::Full => {
-            let limits = &app.config.engine;
-            let message = format!(
-                "{} requests run and {} wait already; try again later, or raise node.max_queue or node.max_batch_size",
-                limits.batch_size_max, limits.queue_max
-            );
-            ApiError::new(ErrorKind::RateLimited, "queue_full", message).with_retry_after(app.metrics.expected_wait())
-        }
-        Refused::Dead => Outcome::EngineLost.error(),
-    }
+fn refusal(refused: Refused, app: &App, loaded: &Loaded) -> ApiError {
+    let limits = &app.config.engine;
+    let message = match refused {
+        Refused::Full => format!(
+            "{} sequences run and {} wait already; try again later, or raise node.max_queue or node.max_batch_size",
+            limits.batch_size_max, limits.queue_max
+        ),
+        Refused::TenantFull => format!(
+            "{} sequences of this tenant run or wait already; try again later, or raise node.max_queue_per_tenant",
+            limits.places_tenant()
+        ),
+        Refused::Dead => return Outcome::EngineLost.error(),
+    };
+    ApiError::new(ErrorKind::RateLimited, "queue_full", message).with_retry_after(loaded.engine.stats().backlog())
 }
 
 impl futures::Stream for Tokens {

@@ -5,6 +5,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use axum::http::HeaderMap;
 use tidegate_common::{contract::headers, ids::RequestId};
 
+use crate::sched::{Class, Owner};
+
+/// Longest tenant's name, in bytes; the rest of a longer one does not count.
+const TENANT_BYTES_MAX: usize = 128;
+
 /// The frame of one request.
 #[derive(Debug, Clone)]
 pub(super) struct Frame {
@@ -15,6 +20,8 @@ pub(super) struct Frame {
     pub(super) seed: u64,
     /// Whether the answer goes to a balancer: every event carries its tokens.
     pub(super) wire: bool,
+    /// Whose request it is, for fair sharing.
+    pub(super) owner: Owner,
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
@@ -31,12 +38,37 @@ impl Frame {
             created: number(headers::CREATED).unwrap_or_else(unix_seconds),
             seed: number(headers::SEED).unwrap_or_else(rand::random),
             wire: text(headers::STREAM) == Some("1"),
+            owner: owner(text(headers::TENANT), text(headers::PRIORITY)),
             arrived,
             deadline: arrived + timeout,
         }
     }
 }
 
+fn owner(tenant: Option<&str>, priority: Option<&str>) -> Owner {
+    let mut owner = Owner::default();
+    if let Some(tenant) = tenant.map(str::trim).filter(|name| !name.is_empty()) {
+        // a header's text is ASCII
+        owner.tenant = tenant[..tenant.len().min(TENANT_BYTES_MAX)].into();
+    }
+    owner.class = priority.and_then(Class::of_word).unwrap_or_default();
+    owner
+}
+
 fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_does_not_say_is_anonymous_and_normal() {
+        assert_eq!(owner(None, None), Owner::default());
+        assert_eq!(owner(Some("  "), Some("urgent")), Owner::default());
+        let alice = owner(Some("alice"), Some("high"));
+        assert_eq!((&*alice.tenant, alice.class), ("alice", Class::High));
+        assert_eq!(owner(Some(&"x".repeat(500)), None).tenant.len(), TENANT_BYTES_MAX);
+    }
 }

@@ -91,7 +91,7 @@ impl App {
 
     /// How long until a refused request is likely to be taken.
     fn expected_wait(&self) -> Duration {
-        self.metrics.expected_wait()
+        self.models.ready().iter().map(|loaded| loaded.engine.stats().backlog()).max().unwrap_or_default()
     }
 
     /// What stands of the model that a request names, or of the default one. Hold it to the answer's last byte: an unload waits for

@@ -50,8 +50,14 @@ pub(super) fn load(config: &NodeConfig) -> Result<(Loaded, JoinHandle<()>), Serv
     warm_up(&mut *model, &tokenizer, capacity.context);
     let limits =
         Limits { batch_size_max: config.engine.batch_size_max, batch_tokens_max: config.engine.batch_tokens_max };
-    let (engine, thread) =
-        Engine::start(model, EngineConfig { limits, queue_max: config.engine.queue_max, blocks: capacity.blocks });
+    let queue = &config.engine;
+    let engine = EngineConfig {
+        limits,
+        queue_max: queue.queue_max,
+        queue_max_tenant: queue.queue_max_tenant,
+        blocks: capacity.blocks,
+    };
+    let (engine, thread) = Engine::start(model, engine);
     let end_tokens = tokenizer.end_tokens().into();
     let guides = Guides::new(tokenizer.clone());
     let name = config.served_model_name.clone();

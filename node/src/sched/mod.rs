@@ -1,0 +1,449 @@
+//! Which tokens the next step computes. Pure: no clock, no device, no I/O; the plan is a plain value one can print.
+//!
+//! There is no prefill phase and no decode phase, only sequences with tokens to catch up on under a token budget. A step is planned in
+//! three passes:
+//! 1. **Admit.** A free place goes to the share ([`share`]) with fewest places for its weight. When the batch or the pool is full, such
+//!    a share takes a place from the one with most: its youngest sequence is put back, and what it had computed stays in the prefix
+//!    cache. What is let in has blocks for all its present tokens.
+//! 2. **Decode.** Every running sequence that lacks one token gets it. When blocks run out, somebody is put back.
+//! 3. **Catch up.** What is left of the budget goes to prompts in pieces, the share that has spent least first, within it the oldest.
+//!
+//! Why everybody comes to an end: the oldest running sequence is never put back, in neither pass; it decodes in each step, and its share
+//! gets its part of the budget. Nobody is passed by for want of blocks: when the next one to let in does not fit, the others wait too.
+//! A place changes hands only towards a more even batch, so it does not change back, and blocks run out only where somebody has grown.
+
+mod sequence;
+mod share;
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeSet, BinaryHeap, HashMap},
+};
+
+use crate::kv::{BlockId, KvPool};
+
+pub use sequence::{Sequence, States, Terms};
+pub use share::{Class, Owner};
+use share::{ShareId, Shares};
+
+/// One sequence within the engine. Ids grow with time: the smaller is the older.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SeqId(pub u64);
+
+/// Bounds of one step.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Most sequences in a batch.
+    pub batch_size_max: usize,
+    /// Most tokens in a step; each sequence of the batch must have one.
+    pub batch_tokens_max: usize,
+}
+
+/// A run of consecutive tokens of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Whose tokens.
+    pub seq: SeqId,
+    /// Position of the first.
+    pub start: usize,
+    /// How many, at least one.
+    pub len: usize,
+    /// Whether the last one is the sequence's last, so that a next token is sampled after it.
+    pub samples: bool,
+}
+
+/// Why a sequence was put back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// The pool had no block left.
+    Blocks,
+    /// A share with fewer places took its place.
+    Share,
+}
+
+/// What one step computes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// In the order of the batch.
+    pub pieces: Vec<Piece>,
+    /// Sequences put back.
+    pub preempted: Vec<(SeqId, Cause)>,
+    /// Tokens of newly admitted sequences that were looked up in the prefix cache.
+    pub tokens_looked_up: usize,
+    /// Tokens of newly admitted sequences whose keys and values came from the prefix cache.
+    pub tokens_cached: usize,
+}
+
+impl Plan {
+    /// Tokens in the step.
+    pub fn tokens(&self) -> usize {
+        self.pieces.iter().map(|p| p.len).sum()
+    }
+}
+
+/// Who runs, who waits, and the block pool they share.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    kv: KvPool,
+    sequences: HashMap<SeqId, Sequence>,
+    /// Oldest first.
+    running: BTreeSet<SeqId>,
+    shares: Shares,
+    /// Scratch of one step.
+    decoding: Vec<SeqId>,
+}
+
+/// How a waiting sequence gets in.
+struct Room {
+    /// The blocks of its prefix that are there.
+    found: Vec<BlockId>,
+    /// Who must be put back for it.
+    gone: Vec<(ShareId, SeqId)>,
+}
+
+/// Whose turn it is to catch up: what the share has spent, its next sequence, and the share. The smallest goes first.
+type Turn = Reverse<(u64, SeqId, ShareId)>;
+
+impl Scheduler {
+    /// A scheduler over a pool of `blocks`. A batch never has more sequences than a step has tokens.
+    pub fn new(limits: Limits, blocks: usize) -> Self {
+        let limits = Limits { batch_size_max: limits.batch_size_max.min(limits.batch_tokens_max), ..limits };
+        let shares = Shares::new(limits.batch_tokens_max);
+        let (sequences, running, decoding) = (HashMap::new(), BTreeSet::new(), Vec::new());
+        Self { limits, kv: KvPool::new(blocks), sequences, running, shares, decoding }
+    }
+
+    /// Adds a sequence, which waits until it is let in. `id` must be larger than all before it, `tokens` must not be empty, and the
+    /// caller has checked that the whole sequence fits into the pool alone.
+    pub fn add(&mut self, id: SeqId, tokens: Vec<u32>, terms: Terms, owner: Owner) {
+        debug_assert!(!tokens.is_empty(), "an empty sequence has nothing to compute");
+        let share = self.shares.join(owner, id);
+        self.sequences.insert(id, Sequence::new(share, tokens, terms));
+    }
+
+    /// Takes a sequence out, running or waiting; its blocks are free at once.
+    pub fn remove(&mut self, id: SeqId) -> bool {
+        let Some(mut sequence) = self.sequences.remove(&id) else { return false };
+        sequence.give_back(&mut self.kv);
+        self.running.remove(&id);
+        self.shares.leave(sequence.share, id);
+        true
+    }
+
+    /// Sequences in the batch.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait for a place.
+    pub fn waiting(&self) -> usize {
+        self.shares.waiting()
+    }
+
+    /// Sequences that wait, in the order of [`Class::ALL`].
+    pub fn waiting_by_class(&self) -> [usize; 3] {
+        self.shares.waiting_by_class()
+    }
+
+    /// The pool's books, to look at.
+    pub fn kv(&self) -> &KvPool {
+        &self.kv
+    }
+
+    /// A running sequence.
+    pub fn sequence(&self, id: SeqId) -> Option<&Sequence> {
+        self.sequences.get(&id).filter(|s| s.runs)
+    }
+
+    /// Tokens of a sequence that are still to be computed, whether it runs or waits.
+    pub fn pending(&self, id: SeqId) -> usize {
+        self.sequences.get(&id).map_or(0, Sequence::pending)
+    }
+
+    /// Decides the next step, and takes the blocks it writes to.
+    pub fn plan(&mut self) -> Plan {
+        let mut plan = Plan::default();
+        self.admit(&mut plan);
+        self.decode(&mut plan);
+        self.catch_up(&mut plan);
+        self.shares.settle();
+        plan
+    }
+
+    /// Notes that the plan's tokens are computed, and seals the blocks that became full.
+    pub fn advance(&mut self, plan: &Plan) {
+        for piece in &plan.pieces {
+            if let Some(sequence) = self.sequences.get_mut(&piece.seq) {
+                sequence.advance(piece.len, &mut self.kv);
+            }
+        }
+    }
+
+    /// Appends a sampled token.
+    pub fn push(&mut self, id: SeqId, token: u32) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.push(token);
+        }
+    }
+
+    /// Lets waiting sequences in until the next one has no room. It is not passed by, so it gets what becomes free.
+    fn admit(&mut self, plan: &mut Plan) {
+        while let Some(id) = self.shares.next_to_start(self.running.len() >= self.limits.batch_size_max) {
+            let Some(Room { found, gone }) = self.room_for(id) else { return };
+            gone.into_iter().for_each(|(_, victim)| self.put_back(victim, Cause::Share, plan));
+            self.start(id, found, plan);
+        }
+    }
+
+    /// None when there is no room, and nobody who could be put back would make enough of it.
+    fn room_for(&mut self, id: SeqId) -> Option<Room> {
+        let sequence = self.known(id);
+        let (share, wanted) = (sequence.share, sequence.blocks_wanted());
+        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
+        let found = self.kv.find(sequence.known_prefix());
+        let idle = found.iter().filter(|block| self.kv.references(**block) == 0).count();
+        let (mut available, mut running) = (self.kv.available() - idle, self.running.len());
+        let mut gone = Vec::new();
+        // each running sequence may need a block soon; leaving one for each avoids putting back what was just let in
+        while running >= self.limits.batch_size_max || wanted - found.len() + running > available {
+            let victim = self.shares.place_for(share, &gone)?;
+            available += self.freed_by(victim.1, &found);
+            running -= 1;
+            gone.push(victim);
+        }
+        Some(Room { found, gone })
+    }
+
+    /// Blocks that nobody uses once a running sequence is put back; those in `found` are about to be used again.
+    fn freed_by(&self, id: SeqId, found: &[BlockId]) -> usize {
+        let blocks = self.known(id).blocks().iter().enumerate();
+        blocks.filter(|(i, block)| self.kv.references(**block) == 1 && found.get(*i) != Some(*block)).count()
+    }
+
+    fn start(&mut self, id: SeqId, found: Vec<BlockId>, plan: &mut Plan) {
+        self.kv.take(&found);
+        let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
+        plan.tokens_looked_up += if sequence.uses_prefix_cache() { sequence.tokens().len() } else { 0 };
+        sequence.begin(found);
+        plan.tokens_cached += sequence.computed;
+        for _ in sequence.blocks.len()..sequence.blocks_wanted() {
+            sequence.blocks.push(self.kv.allocate().expect("availability was checked"));
+        }
+        sequence.runs = true;
+        self.shares.start(sequence.share, id);
+        self.running.insert(id);
+    }
+
+    fn decode(&mut self, plan: &mut Plan) {
+        let mut decoding = std::mem::take(&mut self.decoding);
+        decoding.extend(self.running.iter().filter(|id| self.known(**id).pending() == 1));
+        for id in decoding.drain(..) {
+            // an earlier turn of this loop may have put it back
+            if self.running.contains(&id) && self.grow(id, plan) {
+                self.schedule(id, 1, plan);
+            }
+        }
+        self.decoding = decoding;
+    }
+
+    fn catch_up(&mut self, plan: &mut Plan) {
+        let mut budget = self.limits.batch_tokens_max - plan.tokens();
+        let first = |share| self.turn(share, None);
+        let mut turns: BinaryHeap<Turn> = self.shares.with_running().filter_map(first).collect();
+        while budget > 0
+            && let Some(Reverse((_, id, share))) = turns.pop()
+        {
+            let sequence = self.known(id);
+            let len = sequence.pending().min(budget).min(sequence.piece_max());
+            budget -= len;
+            self.schedule(id, len, plan);
+            turns.extend(self.turn(share, Some(id)));
+        }
+    }
+
+    /// A share's next turn to catch up, with its oldest sequence after `after` that has more than one token to compute.
+    fn turn(&self, share: ShareId, after: Option<SeqId>) -> Option<Turn> {
+        let mut running = self.shares.running_after(share, after);
+        let id = running.find(|id| self.known(*id).pending() > 1)?;
+        Some(Reverse((self.shares.spent(share), id, share)))
+    }
+
+    fn schedule(&mut self, id: SeqId, len: usize, plan: &mut Plan) {
+        let sequence = self.known(id);
+        plan.pieces.push(Piece { seq: id, start: sequence.computed, len, samples: len == sequence.pending() });
+        self.shares.charge(sequence.share, len);
+    }
+
+    /// Takes a block for a sequence's newest token where it needs one, putting others back while there is none. False when that is
+    /// itself.
+    fn grow(&mut self, id: SeqId, plan: &mut Plan) -> bool {
+        while self.known(id).blocks.len() < self.known(id).blocks_wanted() {
+            if let Some(block) = self.kv.allocate() {
+                self.sequences.get_mut(&id).expect("a running sequence is known").blocks.push(block);
+                continue;
+            }
+            let victim = self.shares.victim().expect("blocks can only run out when something runs");
+            self.put_back(victim, Cause::Blocks, plan);
+            if victim == id {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Takes a running sequence's place and blocks; it waits again, and nothing of it is in the plan.
+    fn put_back(&mut self, id: SeqId, cause: Cause, plan: &mut Plan) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
+        sequence.give_back(&mut self.kv);
+        sequence.runs = false;
+        let share = sequence.share;
+        self.running.remove(&id);
+        self.shares.put_back(share, id);
+        plan.preempted.push((id, cause));
+        if let Some(i) = plan.pieces.iter().position(|piece| piece.seq == id) {
+            self.shares.refund(share, plan.pieces.remove(i).len);
+        }
+    }
+
+    fn known(&self, id: SeqId) -> &Sequence {
+        &self.sequences[&id]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scheduler(batch_size_max: usize, batch_tokens_max: usize, blocks: usize) -> Scheduler {
+        Scheduler::new(Limits { batch_size_max, batch_tokens_max }, blocks)
+    }
+
+    fn step(s: &mut Scheduler, token: u32) -> Plan {
+        let plan = s.plan();
+        s.advance(&plan);
+        plan.pieces.iter().filter(|p| p.samples).for_each(|p| s.push(p.seq, token));
+        assert!(s.kv().is_balanced());
+        plan
+    }
+
+    fn shape(plan: &Plan) -> Vec<(u64, usize, usize)> {
+        plan.pieces.iter().map(|p| (p.seq.0, p.start, p.len)).collect()
+    }
+
+    #[test]
+    fn decoding_goes_first_and_a_long_prompt_comes_in_pieces() {
+        let mut s = scheduler(8, 32, 64);
+        s.add(SeqId(1), vec![7; 5], Terms::default(), Owner::default());
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 5)]);
+        s.add(SeqId(2), (0..70).collect(), Terms::default(), Owner::default());
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 5, 1), (2, 0, 31)]);
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 6, 1), (2, 31, 31)]);
+        let last = step(&mut s, 9);
+        assert_eq!(shape(&last), [(1, 7, 1), (2, 62, 8)]);
+        assert!(last.pieces[1].samples);
+    }
+
+    #[test]
+    fn a_known_prefix_is_not_computed_again_but_its_last_token_is() {
+        let mut s = scheduler(8, 512, 64);
+        s.add(SeqId(1), (0..32).collect(), Terms::default(), Owner::default());
+        step(&mut s, 9);
+        s.add(SeqId(2), (0..32).collect(), Terms::default(), Owner::default());
+        let plan = step(&mut s, 9);
+        assert_eq!(shape(&plan), [(1, 32, 1), (2, 16, 16)]);
+        assert_eq!(plan.tokens_cached, 16);
+    }
+
+    #[test]
+    fn when_blocks_run_out_the_youngest_is_put_back_and_comes_again() {
+        let mut s = scheduler(8, 512, 4);
+        s.add(SeqId(1), vec![1; 30], Terms::default(), Owner::default());
+        s.add(SeqId(2), vec![2; 14], Terms::default(), Owner::default());
+        step(&mut s, 9);
+        let mut preempted = Vec::new();
+        for _ in 0..20 {
+            preempted.extend(step(&mut s, 9).preempted);
+        }
+        assert_eq!(preempted, [(SeqId(2), Cause::Blocks)]);
+        assert_eq!((s.running(), s.waiting()), (1, 1));
+        assert!(s.remove(SeqId(1)));
+        let again = step(&mut s, 9);
+        assert_eq!(again.pieces[0].seq, SeqId(2));
+        assert!(again.pieces[0].samples);
+    }
+
+    fn owner(tenant: &str) -> Owner {
+        Owner { tenant: tenant.into(), class: Class::Normal }
+    }
+
+    #[test]
+    fn a_newcomer_gets_a_place_in_a_full_batch_and_whoever_lost_it_comes_again() {
+        let mut s = scheduler(4, 64, 64);
+        (0..9).for_each(|i| s.add(SeqId(i), vec![i as u32; 33], Terms::default(), owner("flood")));
+        (0..6).for_each(|_| drop(step(&mut s, 9)));
+        assert_eq!((s.running(), s.waiting()), (4, 5));
+        s.add(SeqId(9), vec![99; 20], Terms::default(), owner("calm"));
+        let plan = step(&mut s, 9);
+        assert_eq!(plan.preempted, [(SeqId(3), Cause::Share)]);
+        assert!(plan.pieces.iter().any(|p| p.seq == SeqId(9) && p.samples), "{plan:?}");
+        // two places are not taken from two who have three, and nobody takes one back
+        s.add(SeqId(10), vec![98; 20], Terms::default(), owner("calm"));
+        assert_eq!(step(&mut s, 9).preempted, [(SeqId(2), Cause::Share)]);
+        s.add(SeqId(11), vec![97; 20], Terms::default(), owner("calm"));
+        (0..5).for_each(|_| assert_eq!(step(&mut s, 9).preempted, []));
+        // the older of the two that lost their places is the first to come back, and finds what it had computed
+        assert!(s.remove(SeqId(0)));
+        let back = step(&mut s, 9);
+        assert!(back.tokens_cached >= 32 && back.pieces.iter().any(|p| p.seq == SeqId(2)), "{back:?}");
+    }
+
+    #[test]
+    fn a_full_pool_makes_room_for_a_newcomer_too_but_not_in_vain() {
+        let mut s = scheduler(8, 64, 9);
+        (0..2).for_each(|i| s.add(SeqId(i), vec![i as u32; 60], Terms::default(), owner("flood")));
+        (0..3).for_each(|_| drop(step(&mut s, 9)));
+        // the pool could hold it beside one of the two
+        s.add(SeqId(2), vec![7; 48], Terms::default(), owner("calm"));
+        assert_eq!(step(&mut s, 9).preempted, [(SeqId(1), Cause::Share)]);
+        assert_eq!((s.running(), s.waiting()), (2, 1));
+        // one that would not even fit then takes nobody's place
+        s.add(SeqId(3), vec![8; 100], Terms::default(), owner("third"));
+        assert_eq!(step(&mut s, 9).preempted, []);
+    }
+
+    #[test]
+    fn blocks_that_the_newcomer_begins_with_are_not_counted_as_freed() {
+        let mut s = scheduler(8, 64, 9);
+        let prompt = |shared: u32, len: u32| (0..len).map(|i| if i < shared { i } else { 100 + i }).collect();
+        s.add(SeqId(0), vec![1; 60], Terms::default(), owner("flood"));
+        s.add(SeqId(1), prompt(48, 60), Terms::default(), owner("flood"));
+        (0..3).for_each(|_| drop(step(&mut s, 9)));
+        // one block is free, and of the four of the second three are its own beginning: two are not enough for its other three
+        s.add(SeqId(2), prompt(48, 96), Terms::default(), owner("calm"));
+        assert_eq!(step(&mut s, 9).preempted, []);
+        assert!(s.remove(SeqId(0)));
+        assert_eq!(step(&mut s, 9).preempted, []);
+        assert_eq!(s.running(), 2);
+    }
+
+    #[test]
+    fn what_is_left_of_a_step_goes_to_who_has_had_least() {
+        let mut s = scheduler(8, 64, 256);
+        s.add(SeqId(0), vec![1; 1000], Terms::default(), owner("flood"));
+        (0..4).for_each(|_| drop(step(&mut s, 9)));
+        s.add(SeqId(1), vec![2; 100], Terms::default(), owner("calm"));
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 64)]);
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 64, 36), (0, 256, 28)]);
+    }
+
+    #[test]
+    fn removing_frees_blocks_at_once_and_knows_who_was_there() {
+        let mut s = scheduler(1, 512, 8);
+        s.add(SeqId(1), vec![1; 20], Terms::default(), Owner::default());
+        s.add(SeqId(2), vec![1; 20], Terms::default(), Owner::default());
+        step(&mut s, 9);
+        assert!(s.remove(SeqId(2)) && s.remove(SeqId(1)) && !s.remove(SeqId(1)));
+        assert_eq!(s.kv().available(), 8);
+    }
+}

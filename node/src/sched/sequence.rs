@@ -1,0 +1,126 @@
+//! One sequence: its tokens, and how far their keys and values are computed.
+
+use super::share::ShareId;
+use crate::kv::{BLOCK_TOKENS, BlockHash, BlockId, KvPool};
+
+/// What a sequence asks of the steps that compute it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Logits after every token of the prompt, not only the last: no prefix cache, and small pieces.
+    pub all_logits: bool,
+    /// Which hidden states.
+    pub states: States,
+}
+
+/// Which hidden states a sequence asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum States {
+    /// None.
+    #[default]
+    None,
+    /// After its last token.
+    Last,
+    /// After each: no prefix cache.
+    All,
+}
+
+/// Most rows of a sequence that asks for all logits in one step: they take `V` numbers each.
+const LOGIT_ROWS_MAX: usize = 32;
+
+/// A sequence's tokens, and how far their keys and values are computed.
+#[derive(Debug)]
+pub struct Sequence {
+    pub(super) share: ShareId,
+    pub(super) runs: bool,
+    terms: Terms,
+    tokens: Vec<u32>,
+    /// Tokens whose keys and values stand in the blocks.
+    pub(super) computed: usize,
+    pub(super) blocks: Vec<BlockId>,
+    /// Hashes of the leading full blocks, as far as they have been asked for; they hold for the sequence's life.
+    chain: Vec<BlockHash>,
+    /// How many leading blocks can be found by their hashes.
+    sealed: usize,
+}
+
+impl Sequence {
+    pub(super) fn new(share: ShareId, tokens: Vec<u32>, terms: Terms) -> Self {
+        let (blocks, chain) = (Vec::new(), Vec::new());
+        Self { share, runs: false, terms, tokens, computed: 0, blocks, chain, sealed: 0 }
+    }
+
+    /// What it asks for.
+    pub fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    /// All tokens, prompt first.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Where the keys and values stand, in order of position.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Tokens still to be computed.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Most of its tokens in one step.
+    pub(super) fn piece_max(&self) -> usize {
+        if self.terms.all_logits { LOGIT_ROWS_MAX } else { usize::MAX }
+    }
+
+    /// What is found in the cache is not computed, so nothing can be read off it.
+    pub(super) fn uses_prefix_cache(&self) -> bool {
+        !self.terms.all_logits && self.terms.states != States::All
+    }
+
+    pub(super) fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+    }
+
+    /// Blocks that all its present tokens take.
+    pub(super) fn blocks_wanted(&self) -> usize {
+        self.tokens.len().div_ceil(BLOCK_TOKENS)
+    }
+
+    /// Hashes of what may be found in the prefix cache. At least one token stays to be computed: its logits are what comes next.
+    pub(super) fn known_prefix(&mut self) -> &[BlockHash] {
+        let count = if self.uses_prefix_cache() { (self.tokens.len() - 1) / BLOCK_TOKENS } else { 0 };
+        self.hash_blocks(count);
+        &self.chain[..count]
+    }
+
+    /// Begins with what was found in the prefix cache.
+    pub(super) fn begin(&mut self, found: Vec<BlockId>) {
+        self.computed = found.len() * BLOCK_TOKENS;
+        self.sealed = found.len();
+        self.blocks = found;
+    }
+
+    /// `len` more tokens are computed; blocks that became full can be found from now on.
+    pub(super) fn advance(&mut self, len: usize, kv: &mut KvPool) {
+        self.computed += len;
+        let full = self.computed / BLOCK_TOKENS;
+        self.hash_blocks(full);
+        (self.sealed..full).for_each(|i| kv.seal(self.blocks[i], self.chain[i]));
+        self.sealed = full;
+    }
+
+    /// Gives its blocks back, the last one first, so that what stays cached longest is a prefix.
+    pub(super) fn give_back(&mut self, kv: &mut KvPool) {
+        self.blocks.drain(..).rev().for_each(|block| kv.release(block));
+        (self.sealed, self.computed) = (0, 0);
+    }
+
+    fn hash_blocks(&mut self, count: usize) {
+        for i in self.chain.len()..count {
+            let tokens = &self.tokens[i * BLOCK_TOKENS..(i + 1) * BLOCK_TOKENS];
+            self.chain.push(BlockHash::chain(self.chain.last().copied(), tokens));
+        }
+    }
+}

@@ -1,0 +1,365 @@
+//! Goal: every law of the accounting holds after every step, nobody starves, and no answer depends on who shared the pool.
+//! Method: a pretend model whose next token is a hash of the tokens it can see through the blocks. It reads a sequence's tokens only
+//! through the block table, from a pretend cache that is written as a plan says; so a block that was handed out twice, overwritten
+//! while shared, or found under a wrong prefix changes a token, and the answer differs from the one computed alone.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use tidegate_node::{
+    kv::{BLOCK_TOKENS, Counts},
+    sched::{Cause, Class, Limits, Owner, Plan, Scheduler, SeqId, States, Terms},
+};
+
+const WORLDS: u64 = 3000;
+
+/// Rows in a step of a sequence that asks for all logits.
+const LOGIT_ROWS_MAX: usize = 32;
+
+#[test]
+fn the_laws_hold_in_every_world() {
+    let tallies = super::in_every_world(WORLDS, |seed| World::new(seed).run());
+    let all = tallies.iter().fold(Tally::default(), |a, b| a.and(b));
+    println!("{} worlds: {all:?}", tallies.len());
+    let worlds = tallies.len();
+    if worlds > 100 {
+        assert!(all.for_blocks > worlds / 2 && all.for_share > worlds / 2, "the worlds are too easy to show anything");
+        assert!(all.cached > 100 * worlds && all.left > worlds && all.late > worlds, "{all:?}");
+    }
+}
+
+/// What a world came to.
+#[derive(Debug, Default)]
+struct Tally {
+    requests: usize,
+    steps: usize,
+    computed: usize,
+    cached: usize,
+    for_blocks: usize,
+    for_share: usize,
+    left: usize,
+    late: usize,
+    longest_wait: usize,
+}
+
+impl Tally {
+    fn and(self, other: &Self) -> Self {
+        Self {
+            requests: self.requests + other.requests,
+            steps: self.steps + other.steps,
+            computed: self.computed + other.computed,
+            cached: self.cached + other.cached,
+            for_blocks: self.for_blocks + other.for_blocks,
+            for_share: self.for_share + other.for_share,
+            left: self.left + other.left,
+            late: self.late + other.late,
+            longest_wait: self.longest_wait.max(other.longest_wait),
+        }
+    }
+}
+
+/// The pretend model: the next token after `tokens`.
+fn next_token(tokens: impl Iterator<Item = u32>) -> u32 {
+    let hash = tokens.fold(0xcbf2_9ce4_8422_2325u64, |h, t| (h ^ u64::from(t)).wrapping_mul(0x100_0000_01b3));
+    (hash >> 40) as u32 % 50
+}
+
+struct Request {
+    arrives: usize,
+    owner: Owner,
+    terms: Terms,
+    prompt: Vec<u32>,
+    tokens_max: usize,
+    /// After this many tokens the client leaves.
+    leaves_after: Option<usize>,
+    /// In this step its time is over, wherever it is.
+    deadline: Option<usize>,
+}
+
+impl Request {
+    fn tokens(&self) -> usize {
+        self.prompt.len() + self.tokens_max
+    }
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Whole,
+    Left,
+    Late,
+}
+
+/// One that has arrived and not ended.
+struct Open {
+    answer: Vec<u32>,
+    /// Position of its next piece, once it runs.
+    next: Option<usize>,
+    has_run: bool,
+    /// Tokens of all that were there beside it, and so the longest that it may wait.
+    load: usize,
+    waited: usize,
+}
+
+struct World {
+    limits: Limits,
+    scheduler: Scheduler,
+    /// What stands in each slot of the pretend cache.
+    cache: Vec<Option<u32>>,
+    requests: Vec<Request>,
+    /// Oldest first.
+    open: BTreeMap<SeqId, Open>,
+    ended: HashMap<SeqId, (End, Vec<u32>)>,
+    tally: Tally,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let batch_size_max = rng.random_range(1..12);
+        let limits = Limits { batch_size_max, batch_tokens_max: batch_size_max + rng.random_range(0..80) };
+        let (prompt_max, tokens_max) = (rng.random_range(2..100), rng.random_range(1..80));
+        // at least one sequence of full length must fit
+        let blocks = (prompt_max + tokens_max) / BLOCK_TOKENS + 1 + rng.random_range(0..12);
+        let shared: Vec<u32> = (0..prompt_max).map(|_| rng.random_range(0..50)).collect();
+        let (tenants, rush) = (rng.random_range(1..6), rng.random_range(1..8));
+        let mut arrives = 0;
+        let requests = (0..rng.random_range(5..60)).map(|_| {
+            arrives += rng.random_range(0..rush);
+            let len = rng.random_range(1..=prompt_max);
+            // many prompts begin alike, so the prefix cache is used
+            let alike = rng.random_range(0..=len);
+            let prompt = (0..len).map(|i| if i < alike { shared[i] } else { rng.random_range(0..50) }).collect();
+            let leaves_after = rng.random_bool(0.15).then(|| rng.random_range(0..tokens_max + 1));
+            let deadline = rng.random_bool(0.15).then(|| arrives + rng.random_range(0..60));
+            let (owner, terms) = (owner(&mut rng, tenants), terms(&mut rng));
+            Request {
+                arrives,
+                owner,
+                terms,
+                prompt,
+                tokens_max: rng.random_range(1..=tokens_max),
+                leaves_after,
+                deadline,
+            }
+        });
+        let requests: Vec<Request> = requests.collect();
+        Self {
+            scheduler: Scheduler::new(limits, blocks),
+            cache: vec![None; blocks * BLOCK_TOKENS],
+            open: BTreeMap::new(),
+            ended: HashMap::new(),
+            tally: Tally { requests: requests.len(), ..Tally::default() },
+            limits,
+            requests,
+        }
+    }
+
+    fn run(mut self) -> Tally {
+        let mut arrived = 0;
+        for step in 0.. {
+            while arrived < self.requests.len() && self.requests[arrived].arrives <= step {
+                self.arrive(SeqId(arrived as u64));
+                arrived += 1;
+            }
+            self.let_some_go(step);
+            let plan = self.scheduler.plan();
+            self.check_plan(&plan);
+            self.check_waits();
+            self.step(&plan);
+            self.check_books();
+            self.tally.steps += 1;
+            if arrived == self.requests.len() && self.open.is_empty() {
+                return self.finish();
+            }
+        }
+        unreachable!("a world without an end would break the bound of some wait");
+    }
+
+    fn arrive(&mut self, id: SeqId) {
+        let request = &self.requests[id.0 as usize];
+        let beside: usize = self.open.keys().map(|other| self.requests[other.0 as usize].tokens()).sum();
+        self.open.values_mut().for_each(|other| other.load += request.tokens());
+        let load = beside + request.tokens();
+        self.open.insert(id, Open { answer: Vec::new(), next: None, has_run: false, load, waited: 0 });
+        self.scheduler.add(id, request.prompt.clone(), request.terms, request.owner.clone());
+    }
+
+    /// Clients leave and deadlines pass, between steps.
+    fn let_some_go(&mut self, step: usize) {
+        let going: Vec<(SeqId, End)> = self
+            .open
+            .iter()
+            .filter_map(|(id, open)| {
+                let request = &self.requests[id.0 as usize];
+                let leaves = request.leaves_after.is_some_and(|after| open.answer.len() >= after);
+                let is_late = request.deadline.is_some_and(|deadline| deadline <= step);
+                if leaves { Some((*id, End::Left)) } else { is_late.then_some((*id, End::Late)) }
+            })
+            .collect();
+        for (id, end) in going {
+            self.end(id, end);
+            // what only it used is free at once
+            self.check_books();
+        }
+    }
+
+    fn end(&mut self, id: SeqId, end: End) {
+        assert!(self.scheduler.remove(id), "an open sequence is known");
+        assert!(!self.scheduler.remove(id), "and after its end it is not");
+        let open = self.open.remove(&id).expect("only what is open ends");
+        self.tally.left += usize::from(end == End::Left);
+        self.tally.late += usize::from(end == End::Late);
+        assert!(self.ended.insert(id, (end, open.answer)).is_none(), "request {} ended twice", id.0);
+    }
+
+    /// Within the bounds, each sequence once, all that could be computed, and no block written that another sequence uses.
+    fn check_plan(&mut self, plan: &Plan) {
+        for (id, cause) in &plan.preempted {
+            self.open.get_mut(id).expect("only what is open is put back").next = None;
+            match cause {
+                Cause::Blocks => self.tally.for_blocks += 1,
+                Cause::Share => self.tally.for_share += 1,
+            }
+        }
+        self.tally.cached += plan.tokens_cached;
+        self.tally.computed += plan.tokens();
+        let left =
+            self.limits.batch_tokens_max.checked_sub(plan.tokens()).expect("no more tokens than a step may have");
+        assert!(self.scheduler.running() <= self.limits.batch_size_max);
+        assert_eq!(self.scheduler.running() + self.scheduler.waiting(), self.open.len());
+        assert!(!plan.pieces.is_empty() || self.open.is_empty(), "there is work, and none of it is planned");
+        let lens: HashMap<SeqId, usize> = plan.pieces.iter().map(|piece| (piece.seq, piece.len)).collect();
+        assert_eq!(lens.len(), plan.pieces.len(), "a sequence has one piece");
+        for (id, open) in &mut self.open {
+            let Some(sequence) = self.scheduler.sequence(*id) else { continue };
+            let most = if sequence.terms().all_logits { LOGIT_ROWS_MAX } else { usize::MAX };
+            let (len, could) = (lens.get(id).copied().unwrap_or(0), sequence.pending().min(most));
+            assert!(len == could || (left == 0 && could > 1), "{len} of {could} tokens, and {left} left in the step");
+            assert!(len <= could);
+            open.has_run = true;
+        }
+        for piece in &plan.pieces {
+            self.check_piece(piece);
+        }
+    }
+
+    fn check_piece(&mut self, piece: &tidegate_node::sched::Piece) {
+        let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
+        let open = self.open.get_mut(&piece.seq).expect("a planned sequence is open");
+        let uncached = sequence.terms().all_logits || sequence.terms().states == States::All;
+        match open.next {
+            Some(next) => assert_eq!(piece.start, next, "pieces follow one another"),
+            None if uncached => assert_eq!(piece.start, 0, "what must be read off is computed"),
+            None => assert!(piece.start.is_multiple_of(BLOCK_TOKENS), "a cached prefix is whole blocks"),
+        }
+        open.next = Some(piece.start + piece.len);
+        for position in piece.start..piece.start + piece.len {
+            let block = sequence.blocks()[position / BLOCK_TOKENS];
+            assert_eq!(self.scheduler.kv().references(block), 1, "a shared block would be written");
+        }
+    }
+
+    /// Nobody waits longer than all that was there beside it takes at one token a step and computed twice over; and within a share
+    /// nobody is passed by a younger one.
+    fn check_waits(&mut self) {
+        let mut waiting: HashSet<&Owner> = HashSet::new();
+        for (id, open) in &mut self.open {
+            let owner = &self.requests[id.0 as usize].owner;
+            match self.scheduler.sequence(*id) {
+                Some(_) => assert!(!waiting.contains(owner), "request {} passed an older one of its share", id.0),
+                None => {
+                    open.waited += 1;
+                    waiting.insert(owner);
+                }
+            }
+            assert!(
+                open.waited <= 2 * open.load,
+                "request {} waits for {} steps; all there is are {} tokens",
+                id.0,
+                open.waited,
+                open.load
+            );
+            self.tally.longest_wait = self.tally.longest_wait.max(open.waited);
+        }
+    }
+
+    /// Writes the plan's tokens to the pretend cache, and reads whole sequences back through their block tables.
+    fn step(&mut self, plan: &Plan) {
+        for piece in &plan.pieces {
+            for position in piece.start..piece.start + piece.len {
+                let token = self.scheduler.sequence(piece.seq).expect("a planned sequence runs").tokens()[position];
+                let slot = self.slot(piece.seq, position);
+                self.cache[slot] = Some(token);
+            }
+        }
+        let sampled = plan.pieces.iter().filter(|p| p.samples).map(|p| {
+            let seen = (0..p.start + p.len).map(|i| self.cache[self.slot(p.seq, i)].expect("what is read was written"));
+            (p.seq, next_token(seen))
+        });
+        let sampled: Vec<(SeqId, u32)> = sampled.collect();
+        self.scheduler.advance(plan);
+        for (id, token) in sampled {
+            let open = self.open.get_mut(&id).expect("a sampled sequence is open");
+            open.answer.push(token);
+            if open.answer.len() == self.requests[id.0 as usize].tokens_max {
+                self.end(id, End::Whole);
+            } else {
+                self.scheduler.push(id, token);
+            }
+        }
+    }
+
+    fn slot(&self, id: SeqId, position: usize) -> usize {
+        let block = self.scheduler.sequence(id).expect("a planned sequence runs").blocks()[position / BLOCK_TOKENS];
+        block.0 as usize * BLOCK_TOKENS + position % BLOCK_TOKENS
+    }
+
+    fn check_books(&self) {
+        let kv = self.scheduler.kv();
+        let Counts { free, referenced, cached } = kv.counts();
+        assert_eq!(free + referenced + cached, kv.len(), "free + referenced + cached = all");
+        let running = self.open.keys().filter_map(|id| self.scheduler.sequence(*id));
+        let used: HashSet<_> = running.flat_map(|sequence| sequence.blocks()).collect();
+        assert_eq!(used.len(), referenced, "blocks are referenced by those who run, and by nobody else");
+    }
+
+    /// Every request ended once, every answer is the one computed alone, every block came back, and nothing was put back for nothing.
+    fn finish(self) -> Tally {
+        assert_eq!(self.ended.len(), self.requests.len());
+        for (id, (end, answer)) in &self.ended {
+            let request = &self.requests[id.0 as usize];
+            let mut tokens = request.prompt.clone();
+            for token in answer {
+                let alone = next_token(tokens.iter().copied());
+                assert_eq!(*token, alone, "request {} got another answer in company", id.0);
+                tokens.push(*token);
+            }
+            assert!(*end != End::Whole || answer.len() == request.tokens_max, "request {} has no whole answer", id.0);
+        }
+        assert_eq!(self.scheduler.kv().counts().referenced, 0, "every block came back");
+        let tally = &self.tally;
+        let answered: usize = self.ended.values().map(|(_, answer)| answer.len()).sum();
+        let grown = answered / BLOCK_TOKENS + tally.requests;
+        assert!(tally.for_blocks <= grown, "{} put back for {grown} blocks grown", tally.for_blocks);
+        let changes = 2 * tally.requests + tally.for_blocks;
+        assert!(tally.for_share <= changes, "{} put back for {changes} changes of who is there", tally.for_share);
+        self.tally
+    }
+}
+
+/// The first tenant sends half of all.
+fn owner(rng: &mut StdRng, tenants: usize) -> Owner {
+    let tenant = if rng.random_bool(0.5) { 0 } else { rng.random_range(0..tenants) };
+    let class = if rng.random_bool(0.6) { Class::Normal } else { Class::ALL[rng.random_range(0..3)] };
+    Owner { tenant: format!("tenant {tenant}").into(), class }
+}
+
+fn terms(rng: &mut StdRng) -> Terms {
+    let states = match rng.random_range(0..10) {
+        0 => States::Last,
+        1 => States::All,
+        _ => States::None,
+    };
+    Terms { all_logits: rng.random_bool(0.1), states }
+}
