@@ -17,5 +17,6 @@ mod batching;
 mod fair;
 mod bad_input;
 mod golden;
+mod invariance;
 mod metrics;
 mod sdk;

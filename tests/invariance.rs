@@ -111,7 +111,7 @@ async fn among_others(client: &Client, base: &str, requests: &[(&'static str, Va
         let prompt = format!("Guest {i} speaks of {}", "wind and water ".repeat(i));
         let sampling = if i % 2 == 0 { json!(0) } else { json!(1.1) };
         let body =
-            json!({"prompt": prompt, "max_tokens": 8 + 3 * i, "temperature": sampling, "seed": i, "ignore_eos": true});
+            json!({"prompt": prompt, "max_tokens": 6 + i, "temperature": sampling, "seed": i, "ignore_eos": true});
         async move { ask(client, base, &(COMPLETION, body)).await }
     };
     join(together(client, base, requests), join_all((0..OTHERS).map(other))).await.0
