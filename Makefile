@@ -3,7 +3,10 @@
 # More for `tidegate up`, such as: make up ARGS="--nodes 3"
 ARGS ?=
 
-.PHONY: help up setup setup-test build model test bench lint fmt doc deny ci
+# How long `make fuzz` gives to each target.
+SECONDS_EACH ?= 60
+
+.PHONY: help up setup setup-test build model test bench fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -30,6 +33,15 @@ test: setup-test model ## run every test; the first time, fetch what they need
 
 bench: setup ## measure
 	cargo bench --locked --workspace
+
+fuzz: setup ## give random input to every parser, SECONDS_EACH=60 each; stops at the first finding
+	@cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is missing: cargo install cargo-fuzz --locked"; exit 69; }
+	cp Cargo.lock fuzz/Cargo.lock
+	@for target in $$(cargo fuzz list); do \
+	    mkdir -p fuzz/corpus/$$target; \
+	    cargo fuzz run --sanitizer none $$target fuzz/corpus/$$target fuzz/seeds/$$target -- \
+	        -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=2048 -malloc_limit_mb=1024 || exit 1; \
+	done
 
 lint: setup ## format, clippy, documentation, dependencies; warnings are errors
 	cargo fmt --all --check

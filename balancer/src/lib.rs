@@ -36,6 +36,8 @@ mod pool;
 mod metrics;
 pub mod admin;
 mod drain;
+#[cfg(fuzzing)]
+pub mod fuzz;
 
 pub use bind::Balancer;
 pub use config::BalancerConfig;

@@ -1,4 +1,14 @@
-//! What the fuzz targets share: a small model file head, made in memory.
+//! What the fuzz targets share: a small model file head, made in memory, and the tokenizer in it.
+
+use std::path::Path;
+
+use tidegate_node::{text::Tokenizer, weights::Checkpoint};
+
+/// A tokenizer of single bytes.
+pub fn tokenizer() -> Tokenizer {
+    let checkpoint = Checkpoint::from_bytes(Path::new("fuzz.gguf"), model_head(None).into()).expect("a sound head");
+    Tokenizer::from_checkpoint(&checkpoint).expect("a sound tokenizer")
+}
 
 /// GGML's type of metadata that is a text.
 const TEXT: u32 = 8;

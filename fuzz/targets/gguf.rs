@@ -6,14 +6,14 @@ use std::path::Path;
 use bytes::Bytes;
 use libfuzzer_sys::fuzz_target;
 use tidegate_node::{
-    model::Shape,
+    model::Plan,
     text::{ChatTemplate, Tokenizer},
     weights::Checkpoint,
 };
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(checkpoint) = Checkpoint::from_bytes(Path::new("fuzz.gguf"), Bytes::copy_from_slice(bytes)) else { return };
-    let _ = Shape::read(&checkpoint, "llama");
+    let _ = Plan::read(&checkpoint);
     for name in ["token_embd.weight", "output_norm.weight", "blk.0.attn_q.weight"] {
         let _ = checkpoint.weight(name).map(|weight| (weight.rows() * weight.cols() < 1 << 16).then(|| weight.dequantize()));
     }

@@ -4,9 +4,10 @@
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
+use serde_json::json;
 use tidegate_fuzz::model_head;
 use tidegate_node::{
-    text::{ChatTemplate, Message, Tokenizer},
+    text::{ChatTemplate, Conversation, Message, Tokenizer},
     weights::Checkpoint,
 };
 
@@ -15,10 +16,9 @@ fuzz_target!(|input: (&str, Vec<(&str, &str)>)| {
     let checkpoint = Checkpoint::from_bytes(Path::new("fuzz.gguf"), model_head(Some(source)).into()).expect("a sound head");
     let tokenizer = Tokenizer::from_checkpoint(&checkpoint).expect("a sound tokenizer");
     let Ok(template) = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer) else { return };
-    let message = |(role, content): &(&str, &str)| Message {
-        role: (*role).to_owned(),
-        content: (*content).to_owned(),
-        extra: serde_json::Map::new(),
-    };
-    let _ = template.render(&messages.iter().map(message).collect::<Vec<_>>());
+    let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content, "name": role});
+    let messages = messages.iter().map(message).map(serde_json::from_value::<Message>);
+    let messages: Vec<Message> = messages.collect::<Result<_, _>>().expect("texts make a message");
+    let tools = [json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}})];
+    let _ = template.render(&Conversation { messages: &messages, tools: Some(&tools), variables: None, now: 1_700_000_000 });
 });

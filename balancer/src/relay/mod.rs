@@ -9,8 +9,8 @@ mod turn;
 mod budget;
 mod request;
 mod upstream;
-mod events;
-mod delivered;
+pub(crate) mod events;
+pub(crate) mod delivered;
 mod client;
 
 use std::{sync::Arc, time::Duration};

@@ -9,6 +9,8 @@ mod answer;
 mod choice;
 mod shape;
 mod reply;
+#[cfg(fuzzing)]
+pub mod fuzz;
 
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
