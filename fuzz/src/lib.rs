@@ -4,6 +4,12 @@ use std::path::Path;
 
 use tidegate_node::{text::Tokenizer, weights::Checkpoint};
 
+/// Takes away libFuzzer's hook that ends the process at the first panic: some libraries' panics are caught and become errors. A panic
+/// that reaches the target is a finding all the same.
+pub fn panics_may_be_caught() {
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
+}
+
 /// A tokenizer of single bytes.
 pub fn tokenizer() -> Tokenizer {
     let checkpoint = Checkpoint::from_bytes(Path::new("fuzz.gguf"), model_head(None).into()).expect("a sound head");

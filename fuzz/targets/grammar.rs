@@ -38,7 +38,8 @@ fuzz_target!(|input: (u8, Input<'_>)| {
         if guide.mask(&mut logits).is_err() {
             return;
         }
-        let allowed: Vec<u32> = (0..).zip(&logits).filter(|(_, logit)| logit.is_finite()).map(|(token, _)| token).collect();
+        let allowed: Vec<u32> =
+            (0..).zip(&logits).filter(|(_, logit)| logit.is_finite()).map(|(token, _)| token).collect();
         assert!(!allowed.is_empty(), "nothing may come next");
         guide.accept(allowed[(usize::from(pick) + step * 7) % allowed.len()]);
     }

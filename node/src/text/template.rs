@@ -1,5 +1,7 @@
 //! Chat templates: Jinja programs that come with a model, and so are not trusted. They run with bounded fuel and see only the conversation.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use minijinja::{Environment, ErrorKind, Value, context, syntax::SyntaxConfig, value::Serde};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value as Json, json};
@@ -151,7 +153,10 @@ impl ChatTemplate {
         };
         let given = conversation.variables.map_or_else(|| context! {}, |variables| Value::from(Serde(variables)));
         let variables = context! { ..own, ..given, ..context! { add_generation_prompt => true } };
-        template.render(variables).map_err(|e| match e.kind() {
+        // minijinja 3.0.5 panics where a template slices an empty list backwards
+        let rendered = catch_unwind(AssertUnwindSafe(|| template.render(variables)));
+        let rendered = rendered.map_err(|_| TemplateError::Refused("it fails on them".into()))?;
+        rendered.map_err(|e| match e.kind() {
             ErrorKind::OutOfFuel => TemplateError::Endless,
             _ => TemplateError::Refused(e.to_string()),
         })
@@ -227,6 +232,13 @@ mod tests {
             "{{ bos_token }}{% for m in messages %}\n[{{ m['role'].upper() }}] {{ m.content.strip() }}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
         );
         assert_eq!(render(&t, &user("  hi ")).unwrap(), "<s>[USER] hi>");
+    }
+
+    #[test]
+    fn a_fault_of_the_renderer_is_a_refusal() {
+        let backwards = template("{% for m in messages[::-1] %}{{ m.content }}{% endfor %}");
+        assert_eq!(render(&backwards, &user("hi")).unwrap(), "hi");
+        assert!(matches!(render(&backwards, &[]), Err(TemplateError::Refused(_))));
     }
 
     #[test]

@@ -33,6 +33,9 @@ impl Weight {
     /// # Errors
     /// When the shape does not fit the type's blocks or the number of bytes.
     pub fn new(dtype: GgmlDType, rows: usize, cols: usize, bytes: Bytes) -> Result<Self, LoadError> {
+        if rows == 0 || cols == 0 {
+            return Err(LoadError::Unsupported(format!("a {rows} x {cols} matrix has nothing in it")));
+        }
         if !cols.is_multiple_of(dtype.block_size()) {
             return Err(LoadError::Unsupported(format!(
                 "a row of {cols} values does not divide into blocks of {dtype:?}"
@@ -121,6 +124,7 @@ mod tests {
         assert!(Weight::new(GgmlDType::Q4_1, 2, 32, Bytes::from(vec![0; 39])).is_err());
         assert!(Weight::new(GgmlDType::Q4_1, 2, 33, Bytes::from(vec![0; 40])).is_err());
         assert!(Weight::new(GgmlDType::F32, usize::MAX, 2, Bytes::new()).is_err());
+        assert!(Weight::new(GgmlDType::F32, 4, 0, Bytes::new()).is_err());
     }
 
     #[test]
