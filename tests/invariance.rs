@@ -109,7 +109,7 @@ async fn together(client: &Client, base: &str, requests: &[(&'static str, Value)
 async fn among_others(client: &Client, base: &str, requests: &[(&'static str, Value)]) -> Vec<Said> {
     let other = |i: usize| {
         let prompt = format!("Guest {i} speaks of {}", "wind and water ".repeat(i));
-        let sampling = if i % 2 == 0 { json!(0) } else { json!(1.1) };
+        let sampling = if i.is_multiple_of(2) { json!(0) } else { json!(1.1) };
         let body =
             json!({"prompt": prompt, "max_tokens": 6 + i, "temperature": sampling, "seed": i, "ignore_eos": true});
         async move { ask(client, base, &(COMPLETION, body)).await }
