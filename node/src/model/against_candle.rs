@@ -167,7 +167,7 @@ fn phi_3_with_partly_rotated_heads() {
 
 #[test]
 fn linear_scaling() {
-    let tiny = scaled("linear", 4.0);
+    let tiny = scaled(Tiny::new(Architecture::Phi3), "linear", 4.0);
     check_frequencies(&tiny, 8, &[0.25; 8], 1.0);
 }
 
@@ -175,7 +175,7 @@ fn linear_scaling() {
 fn yarn() {
     // arXiv:2309.00071 as its authors and Hugging Face compute it: the ramp is straight over the pairs, between the pair that makes
     // beta_fast turns within the original context, rounded down, and the one that makes beta_slow, rounded up
-    let tiny = scaled("yarn", 4.0)
+    let tiny = scaled(Tiny::new(Architecture::Phi3), "yarn", 4.0)
         .with("rope.scaling.original_context_length", Value::U32(48))
         .with("rope.scaling.yarn_beta_fast", Value::F32(2.0))
         .with("rope.scaling.yarn_beta_slow", Value::F32(0.1));
@@ -223,10 +223,82 @@ fn scales_of_embedding_attention_and_logits() {
     check(&tiny, change, candle_phi(config(&tiny, json!({}))));
 }
 
-fn scaled(kind: &str, factor: f32) -> Tiny {
-    Tiny::new(Architecture::Phi3)
-        .with("rope.scaling.type", Value::String(kind.into()))
-        .with("rope.scaling.factor", Value::F32(factor))
+/// The same weights as a folder of Hugging Face's, configuration and all, for each architecture: the keys that it comes to must mean the
+/// same to plans as those of GGUF files.
+#[test]
+fn each_architecture_reads_the_same_from_a_folder() {
+    let (short, long): (Vec<f32>, Vec<f32>) = (0..6).map(|i| (1.0 + 0.1 * i as f32, 1.5 + 0.7 * i as f32)).unzip();
+    let llama = Tiny::new(Architecture::Llama);
+    let cases = [
+        (
+            scaled(llama.clone(), "llama3", 8.0).with("rope.scaling.original_context_length", Value::U32(64)),
+            json!({"model_type": "llama", "tie_word_embeddings": true, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+        ),
+        (
+            llama.with("attention.sliding_window", Value::U32(7)),
+            json!({"model_type": "mistral", "tie_word_embeddings": true, "sliding_window": 7}),
+        ),
+        (
+            Tiny::new(Architecture::Qwen2),
+            json!({"model_type": "qwen2", "tie_word_embeddings": true, "sliding_window": 7, "use_sliding_window": false,
+                "max_window_layers": 1}),
+        ),
+        (Tiny::new(Architecture::Qwen3), json!({"model_type": "qwen3", "tie_word_embeddings": true})),
+        (
+            Tiny::new(Architecture::Qwen3Moe).with("expert_weights_norm", Value::Bool(false)),
+            json!({"model_type": "qwen3_moe", "tie_word_embeddings": false, "num_experts": 5, "moe_intermediate_size": 128,
+                "num_experts_per_tok": EXPERTS_USED, "norm_topk_prob": false, "decoder_sparse_step": 1}),
+        ),
+        (
+            scaled(Tiny::new(Architecture::Gemma3), "linear", 8.0).with("attention.scale", Value::F32(0.25)),
+            json!({"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 7,
+                "sliding_window_pattern": 2, "query_pre_attn_scalar": 16, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+        ),
+        (
+            Tiny::new(Architecture::Phi3)
+                .with("rope.dimension_count", Value::U32(12))
+                .with("rope.scaling.original_context_length", Value::U32(32))
+                .with_vector("rope_factors_short.weight", short.clone())
+                .with_vector("rope_factors_long.weight", long.clone()),
+            json!({"model_type": "phi3", "tie_word_embeddings": false, "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long}}),
+        ),
+        (
+            scaled(Tiny::new(Architecture::Phi3), "yarn", 4.0)
+                .with("rope.scaling.original_context_length", Value::U32(64)),
+            json!({"model_type": "phi3", "tie_word_embeddings": false,
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+        ),
+    ];
+    for (tiny, more) in cases {
+        let file = tiny.build(11, GgmlDType::F32);
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: serde_json::Value| {
+            std::fs::write(folder.path().join(name), json.to_string()).unwrap();
+        };
+        write("config.json", config(&tiny, more.clone()));
+        write("tokenizer.json", json!({"added_tokens": [], "model": {}}));
+        let weights = folder.path().join("model.safetensors");
+        candle_core::safetensors::save(&huggingface(&tiny, &file), weights).unwrap();
+
+        let [mut expected, mut found] = [file, Checkpoint::open(folder.path()).unwrap()].map(|checkpoint| {
+            let mut rows = Vec::new();
+            let mut model = load(&checkpoint, Reference, CAPACITY).unwrap();
+            step(&mut *model, &[(0, 0..TOKENS)], |_, logits| rows.push(logits.to_vec()));
+            rows.into_iter()
+        });
+        for position in 0..TOKENS {
+            let error = error(&found.next().unwrap(), &expected.next().unwrap());
+            assert!(error < 2e-5, "{}, position {position}: relative error {error}", more["model_type"]);
+        }
+    }
+}
+
+fn scaled(tiny: Tiny, kind: &str, factor: f32) -> Tiny {
+    tiny.with("rope.scaling.type", Value::String(kind.into())).with("rope.scaling.factor", Value::F32(factor))
 }
 
 /// Phi-3 whose plain frequencies are multiplied by `ratios`, and its rotated pairs by `magnitude`.

@@ -309,6 +309,19 @@ mod tests {
         assert_eq!(angles(&plain[1]), angles(&scaled[1]));
     }
 
+    #[test]
+    fn a_window_stands_in_every_layer_and_zero_is_none() {
+        for (arch, value, expected) in [
+            (Architecture::Phi3, 2047, Some(2047)),
+            (Architecture::Phi3, 0, None),
+            (Architecture::Llama, 4096, Some(4096)),
+        ] {
+            let tiny = Tiny::new(arch).with("attention.sliding_window", Value::U32(value));
+            let plan = Plan::read(&tiny.build(1, GgmlDType::F32)).unwrap();
+            assert!(plan.layers.iter().all(|layer| layer.view.window == expected));
+        }
+    }
+
     /// The window of Gemma 3 by its default: five layers have it, the sixth has not, and turns by another base.
     #[test]
     fn gemma_sees_everything_in_each_sixth_layer() {
