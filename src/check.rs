@@ -25,8 +25,10 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
     let listen: Vec<String> = all.balancer.listen_addresses().iter().map(|a| format!("{scheme}://{a}")).collect();
     println!("cluster   {}, {}", all.cluster.name, registry(&all.cluster.registry));
     println!("balancer  {}, admin http://{}", listen.join(", "), all.balancer.admin_address());
-    println!("node      {} at {}, model {}", all.node.id, all.node.address(), all.node.served_model_name);
-    if let Err(e) = Store::open(&all.node.data_dir).locate(&all.node.model) {
+    let names: Vec<&str> = all.node.models.iter().map(|model| model.name.as_str()).collect();
+    println!("node      {} at {}, model {}", all.node.id, all.node.address(), names.join(", "));
+    let store = Store::open(&all.node.data_dir);
+    for e in all.node.models.iter().filter_map(|model| store.locate(&model.model).err()) {
         println!("note      {e}");
     }
     println!("no problems");

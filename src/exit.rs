@@ -104,10 +104,13 @@ impl From<NodeError> for Failure {
     fn from(error: NodeError) -> Self {
         match error {
             NodeError::Listen { .. } => Self::unavailable(format!(
-                "{error}\n  fix: stop what listens there, or choose another address (--listen)"
+                "{error}\n  fix: stop what listens there, or choose another address (--listen, --admin-listen)"
             )),
             NodeError::Serve(ServeError::Model(error)) => error.into(),
-            NodeError::Tls(_) | NodeError::Serve(ServeError::Load(_)) => Self::usage(error.to_string()),
+            NodeError::Tls(_)
+            | NodeError::Serve(ServeError::Load(_) | ServeError::TooLarge { .. } | ServeError::NoRoom { .. }) => {
+                Self::usage(error.to_string())
+            }
             NodeError::Serve(ServeError::Internal(_)) | NodeError::Internal(_) => Self::internal(error.to_string()),
         }
     }

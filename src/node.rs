@@ -17,7 +17,7 @@ use crate::{
     signals,
 };
 
-/// Run one inference node: continuous batching of one model behind an OpenAI API
+/// Run one inference node: continuous batching of one model or several behind an OpenAI API
 #[derive(Debug, clap::Args)]
 #[command(after_help = "The model must be on this machine: fetch it with `tidegate model pull`.\n\n\
 Examples:\n  tidegate node                                       the default model on 127.0.0.1:18800\n  \
@@ -31,6 +31,10 @@ pub(crate) struct Args {
     /// Address to serve on [default: node.listen, or 127.0.0.1:18800]
     #[arg(long, value_name = "ADDR")]
     listen: Option<SocketAddr>,
+    /// Private address that `tidegate model load`, `unload` and `ps` ask, or `off` [default: node.admin.listen, or 127.0.0.1:18801 if it
+    /// is free]
+    #[arg(long, value_name = "ADDR")]
+    admin_listen: Option<String>,
     /// Which model [default: node.model, or smollm2-135m]; see `tidegate model --help`
     #[arg(long, value_name = "REF")]
     model: Option<ModelRef>,
@@ -46,11 +50,17 @@ pub(crate) struct Args {
     /// Drain once standard input ends: how `tidegate up` holds its children
     #[arg(long, hide = true)]
     stop_on_stdin_eof: bool,
+    /// How far the private listener's port is from the configured one: how `tidegate up` keeps its children apart
+    #[arg(long, hide = true, default_value_t = 0)]
+    admin_port_offset: u16,
 }
 
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
-    let holds_on_to_stdin = args.stop_on_stdin_eof;
-    let (cluster, log, config) = check(&lay_over(args.file.read()?, args))?;
+    let (holds_on_to_stdin, admin_port_offset) = (args.stop_on_stdin_eof, args.admin_port_offset);
+    let (cluster, log, mut config) = check(&lay_over(args.file.read()?, args))?;
+    if let Some(admin) = config.admin.as_mut().filter(|admin| admin.listen.port() > 0) {
+        admin.listen.set_port(admin.listen.port().saturating_add(admin_port_offset));
+    }
     telemetry::init(&log);
     let registry = registry::open(&cluster)?;
     let (trigger, drain) = shutdown::channel();
@@ -69,6 +79,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
 fn lay_over(raw: Raw, args: Args) -> Raw {
     raw.with_flag("node.id", "--id", args.id.map(String::from))
         .with_flag("node.listen", "--listen", args.listen.map(|a| a.to_string()))
+        .with_flag("node.admin.listen", "--admin-listen", args.admin_listen)
         .with_flag("node.model", "--model", args.model.map(|m| m.to_string()))
         .with_flag("node.data_dir", "--data-dir", settings::text_of(args.data_dir.as_deref()))
         .with_flag("node.threads", "--threads", args.threads.map(|n| n.to_string()))

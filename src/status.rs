@@ -7,6 +7,8 @@ use tidegate_balancer::{
     admin::{MemberReport, Members, RegistryLink},
 };
 
+use tidegate_common::contract::{ModelHealth, ModelState};
+
 use crate::{
     exit::Failure,
     settings::{self, ConfigFile},
@@ -67,7 +69,7 @@ async fn ask(admin: SocketAddr) -> Result<Members, Failure> {
 }
 
 /// The innermost cause; the outer ones only say that a request failed.
-fn cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn cause(error: &dyn std::error::Error) -> String {
     error.source().map_or_else(|| error.to_string(), cause)
 }
 
@@ -75,14 +77,7 @@ fn table(members: &Members) -> String {
     const HEAD: [&str; 7] = ["NODE", "MODEL", "VERSION", "COLOR", "SITE", "STATE", "LOAD"];
     let mut rows = vec![HEAD.map(str::to_owned)];
     rows.extend(members.members.iter().map(row));
-    let widths: Vec<usize> =
-        (0..HEAD.len()).map(|i| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)).collect();
-    let mut text = String::new();
-    for row in &rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        text.push('\n');
-    }
+    let mut text = columns(&rows);
     if members.members.is_empty() {
         text.push_str("no node is known\n");
     }
@@ -99,17 +94,42 @@ fn table(members: &Members) -> String {
     text
 }
 
+/// Rows of cells as lines, each column as wide as its widest cell.
+pub(crate) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |i: usize| rows.iter().map(|row| row[i].chars().count()).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
 fn row(member: &MemberReport) -> [String; 7] {
     let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
     [
         member.node.to_string(),
-        member.model.clone(),
+        models(member),
         or_dash(&member.version),
         member.color.to_string(),
         member.site.to_string(),
         member.state.as_str().to_owned(),
         load(member),
     ]
+}
+
+/// The models by name, with the state of those that are not ready.
+fn models(member: &MemberReport) -> String {
+    let one = |model: &ModelHealth| match model.state {
+        ModelState::Ready => model.name.clone(),
+        state => format!("{} ({})", model.name, state.as_str()),
+    };
+    match member.models.as_slice() {
+        [] => member.model.clone(),
+        models => models.iter().map(one).collect::<Vec<_>>().join(", "),
+    }
 }
 
 fn load(member: &MemberReport) -> String {
@@ -132,14 +152,16 @@ mod tests {
         let body = r#"{"registry":"lost","members":[
             {"node":"n1","address":"127.0.0.1:1","model":"m","version":"","color":"blue","site":"local","weight":1,"state":"ready",
              "since":1,"listed":true,"device":"cpu","running":3,"waiting":1,"kv_blocks_free":25,"kv_blocks_total":100,"step":9,
-             "last_probe_error":null},
+             "last_probe_error":null,
+             "models":[{"name":"m","state":"ready","running":3,"waiting":1,"kv_blocks_free":25,"kv_blocks_total":100},
+                       {"name":"n","state":"unloaded","running":0,"waiting":0,"kv_blocks_free":0,"kv_blocks_total":0}]},
             {"node":"node-two","address":"127.0.0.1:2","model":"m","version":"7","color":"green","site":"cloud-a","weight":1,
              "state":"ejected","since":1,"listed":true,"device":null,"running":null,"waiting":null,"kv_blocks_free":null,
              "kv_blocks_total":null,"step":null,"last_probe_error":"connection refused"}]}"#;
         insta::assert_snapshot!(table(&serde_json::from_str(body).unwrap()), @r"
-        NODE      MODEL  VERSION  COLOR  SITE     STATE    LOAD
-        n1        m      -        blue   local    ready    3+1, kv 75%
-        node-two  m      7        green  cloud-a  ejected  -
+        NODE      MODEL            VERSION  COLOR  SITE     STATE    LOAD
+        n1        m, n (unloaded)  -        blue   local    ready    3+1, kv 75%
+        node-two  m                7        green  cloud-a  ejected  -
         the registry is out of reach; this is what was last known
         node-two: connection refused
         ");

@@ -71,10 +71,17 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     // before the model is fetched: whoever starts a second cluster by mistake need not wait for that
     let balancer = Balancer::bind(all.balancer)?;
     let store = Store::open(&all.node.data_dir);
-    store.pull(&all.node.model, &Shown::new())?;
+    for model in &all.node.models {
+        store.pull(&model.model, &Shown::new())?;
+    }
 
     let cluster = Cluster {
-        plan: Plan { count: nodes, config_file, own_threads: raw.has("node.threads") },
+        plan: Plan {
+            count: nodes,
+            config_file,
+            own_threads: raw.has("node.threads"),
+            lists_models: raw.has("node.models"),
+        },
         config: all.node,
         address: balancer.listen_addresses().first().copied(),
         admin: balancer.admin_address(),
@@ -122,6 +129,8 @@ struct Plan {
     count: u16,
     config_file: Option<PathBuf>,
     own_threads: bool,
+    /// Whether the file has `[[node.models]]`.
+    lists_models: bool,
 }
 
 /// Everything `up` knows once its sockets are open and its model is there.
@@ -162,22 +171,30 @@ impl Cluster {
         let mut record = NodeRecord::new(
             id.parse().expect("'node-' with a number is a valid name"),
             String::new(),
-            config.served_model_name.clone(),
+            config.default_model().name.clone(),
         );
+        record.models = config.models.iter().map(|model| model.name.clone()).collect();
         record.version.clone_from(&config.version);
         record.color = config.color.clone();
         record.site = config.site.clone();
         record.weight = config.weight;
         let log = self.log(number);
-        Node { record, arguments: self.arguments(&id), log, drain_grace: config.drain_grace, registry }
+        Node { record, arguments: self.arguments(&id, number), log, drain_grace: config.drain_grace, registry }
     }
 
-    fn arguments(&self, id: &str) -> Vec<String> {
+    fn arguments(&self, id: &str, number: u16) -> Vec<String> {
         let mut words = vec!["--id".to_owned(), id.to_owned()];
         let mut give = |flag: &str, value: String| words.extend([flag.to_owned(), value]);
-        give("--model", self.config.model.to_string());
-        give("--served-model-name", self.config.served_model_name.clone());
+        // several stand in the file, which the child reads too
+        if let [model] = self.config.models.as_slice()
+            && !self.plan.lists_models
+        {
+            give("--model", model.model.to_string());
+            give("--served-model-name", model.name.clone());
+        }
         give("--data-dir", self.config.data_dir.display().to_string());
+        // each child's private listener has a port of its own, counted from the configured one
+        give("--admin-port-offset", (number - 1).to_string());
         if let Some(path) = &self.plan.config_file {
             give("--config", path.display().to_string());
         }
@@ -202,7 +219,8 @@ impl Cluster {
     fn say_hello(&self) {
         let config = &self.config;
         println!("tidegate {}", env!("CARGO_PKG_VERSION"));
-        println!("model  {}", config.served_model_name);
+        let names: Vec<&str> = config.models.iter().map(|model| model.name.as_str()).collect();
+        println!("model  {}", names.join(", "));
         println!(
             "nodes  {}, with their logs in {}",
             self.plan.count,
@@ -229,7 +247,7 @@ impl Cluster {
         let scheme = if self.uses_tls { "https" } else { "http" };
         let base = self.address.map_or_else(String::new, |address| format!("{scheme}://{}", reachable(address)));
         let key = if self.asks_for_keys { " -H \"authorization: Bearer $TIDEGATE_API_KEY\"" } else { "" };
-        let model = &self.config.served_model_name;
+        let model = &self.config.default_model().name;
         format!(
             "ready: listening on {base} (OpenAI base URL {base}/v1)\n\nTry it:\n\n  \
              curl -N {base}/v1/chat/completions{key} -H 'content-type: application/json' \\\n    \

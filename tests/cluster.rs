@@ -15,6 +15,7 @@ mod mtls;
 mod failover;
 mod batching;
 mod fair;
+mod models;
 mod bad_input;
 mod golden;
 mod invariance;

@@ -7,7 +7,7 @@ use http::{Method, Response, StatusCode, header};
 use pingora::{apps::http_app::ServeHttp, protocols::http::ServerSession};
 use serde::{Deserialize, Serialize};
 use tidegate_common::{
-    contract::{ApiError, ErrorKind},
+    contract::{ApiError, ErrorKind, ModelHealth},
     ids::{Color, NodeId, SiteName},
 };
 
@@ -72,6 +72,9 @@ pub struct MemberReport {
     pub kv_blocks_total: Option<u32>,
     /// Steps finished since its start.
     pub step: Option<u64>,
+    /// Each of its models; empty before the first answered probe, and for nodes of earlier releases.
+    #[serde(default)]
+    pub models: Vec<ModelHealth>,
     /// Why the last probe did not find it healthy.
     pub last_probe_error: Option<String>,
 }

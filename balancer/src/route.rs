@@ -55,10 +55,11 @@ fn refusal(method: &Method, path: &str) -> ApiError {
     }
 }
 
-/// The pool that serves `model`; without a name, the only one there is.
+/// The pool that serves `model`; without a name, that of the members' default model, or the only one there is.
 pub(crate) fn pool<'a>(snapshot: &'a Snapshot, model: Option<&str>) -> Result<(&'a str, &'a Pool), ApiError> {
     let mut models = snapshot.models.iter();
-    let found = match model {
+    let default = snapshot.default_model.as_deref().filter(|model| snapshot.models.contains_key(*model));
+    let found = match model.or(default) {
         Some(name) => snapshot.models.get_key_value(name).ok_or_else(|| missing_model(snapshot, name))?,
         None => match (models.next(), models.next()) {
             (Some(only), None) => only,
@@ -93,6 +94,20 @@ pub(crate) fn nobody_ready(message: &str) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_without_a_model_gets_the_one_that_the_members_agree_on() {
+        let pool = || Pool { members: 1, ..Pool::default() };
+        let models = || [("a".to_owned(), pool()), ("b".to_owned(), pool())].into();
+        let refusal = |snapshot: &Snapshot, model| super::pool(snapshot, model).unwrap_err();
+        let agreed = Snapshot { models: models(), default_model: Some("b".into()), ..Snapshot::default() };
+        assert!(refusal(&agreed, None).message.contains("'b'"), "its pool was found, and has nobody ready");
+        let at_odds = Snapshot { models: models(), ..Snapshot::default() };
+        assert_eq!(refusal(&at_odds, None).status(), 400);
+        assert_eq!(refusal(&at_odds, Some("c")).status(), 404);
+        let gone = Snapshot { models: models(), default_model: Some("c".into()), ..Snapshot::default() };
+        assert_eq!(refusal(&gone, None).status(), 400);
+    }
 
     #[test]
     fn only_what_is_public_has_a_route() {

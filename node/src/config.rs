@@ -9,17 +9,25 @@ use tidegate_common::{
     tls,
 };
 
+mod models;
+
 use crate::{
     engine::Pooling,
     machine::{self, Memory},
-    models::{ModelRef, Store},
+    models::Store,
     output::ToolFormat,
     sizes::Size,
     weights::Quantize,
 };
 
+pub use models::{LoadWhen, ModelConfig};
+pub(crate) use models::{MODELS_MAX, check_name};
+
 /// Most that `max_queue` can be.
 const QUEUE_MAX: usize = 65_536;
+
+/// Port of the private listener when the configuration names none.
+pub const ADMIN_PORT: u16 = 18801;
 
 /// Everything a node is told.
 #[derive(Debug, Clone)]
@@ -32,12 +40,15 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// TLS of the listener.
     pub tls: Option<TlsFiles>,
-    /// Which model.
-    pub model: ModelRef,
-    /// Whether its matrices are quantized as they are loaded.
+    /// The private listener; none when it is `"off"`.
+    pub admin: Option<AdminConfig>,
+    /// Which models, never empty; the first is the one that requests get which name none.
+    pub models: Vec<ModelConfig>,
+    /// `models_memory`: bytes that the weights and keys and values of all loaded models may take; a share of the machine's available
+    /// memory when not given.
+    pub models_bytes: Option<u64>,
+    /// Whether matrices are quantized as models are loaded that do not say.
     pub quantize: Quantize,
-    /// The model's name in the API.
-    pub served_model_name: String,
     /// Where models are kept.
     pub data_dir: PathBuf,
     /// Version of the model or its deployment.
@@ -64,6 +75,15 @@ pub struct NodeConfig {
     pub drain_grace: Duration,
     /// A node whose sequences run and whose steps have not ended for this long calls itself stalled.
     pub stall_after: Duration,
+}
+
+/// `[node.admin]`: the private listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AdminConfig {
+    /// Address to serve on; always loopback.
+    pub listen: SocketAddr,
+    /// Whether the configuration names it. Then it must be had; else the node does without where another process has it.
+    pub is_named: bool,
 }
 
 /// Files of the listener's TLS.
@@ -164,8 +184,6 @@ impl NodeConfig {
         let listen = r.parse("listen").unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 18800)));
         let tls = TlsFiles::read(&r.section("tls"));
         refuse_open_listener(&r, listen, tls.as_ref());
-        let model: ModelRef =
-            r.parse("model").unwrap_or_else(|| "smollm2-135m".parse().expect("the default model is in the catalogue"));
         refuse_missing_cuda(&r);
         let mut engine = EngineLimits::read(&r);
         let request = RequestLimits::read(&r, &mut engine);
@@ -174,13 +192,10 @@ impl NodeConfig {
             listen,
             advertise: r.get("advertise"),
             tls,
-            served_model_name: r.get("served_model_name").unwrap_or_else(|| model.served_name()),
-            model,
-            quantize: r.choice(
-                "quantize",
-                &[Quantize::None, Quantize::Int8, Quantize::Int4].map(|q| (q.name(), q)),
-                Quantize::None,
-            ),
+            admin: AdminConfig::read(&r.section("admin")),
+            models: models::read(&r),
+            models_bytes: r.get::<ByteSize>("models_memory").map(|size| size.0),
+            quantize: quantize(&r),
             data_dir: data_dir(&r),
             version: r.get_or("version", String::new()),
             color: r.parse("color").unwrap_or_else(|| "blue".parse().expect("'blue' is a valid name")),
@@ -197,9 +212,32 @@ impl NodeConfig {
         }
     }
 
+    /// The model that requests get which name none.
+    pub fn default_model(&self) -> &ModelConfig {
+        self.models.first().expect("a configuration has a model")
+    }
+
     /// `host:port` that the node announces.
     pub fn address(&self) -> String {
         self.advertise.clone().unwrap_or_else(|| self.listen.to_string())
+    }
+}
+
+impl AdminConfig {
+    fn read(r: &Reader<'_>) -> Option<Self> {
+        let default = SocketAddr::from(([127, 0, 0, 1], ADMIN_PORT));
+        if r.has("listen") && r.get::<String>("listen").as_deref() == Some("off") {
+            return None;
+        }
+        let listen = r.parse::<SocketAddr>("listen");
+        if let Some(open) = listen.filter(|address| !address.ip().is_loopback()) {
+            r.problem(
+                "listen",
+                format!("{open} is not a loopback address"),
+                "whoever reaches it may load and unload models: use 127.0.0.1, or \"off\"",
+            );
+        }
+        Some(Self { listen: listen.unwrap_or(default), is_named: listen.is_some() })
     }
 }
 
@@ -325,6 +363,10 @@ impl Defaults {
     }
 }
 
+fn quantize(r: &Reader<'_>) -> Quantize {
+    r.choice("quantize", &[Quantize::None, Quantize::Int8, Quantize::Int4].map(|q| (q.name(), q)), Quantize::None)
+}
+
 fn timeout(r: &Reader<'_>) -> Duration {
     const DAY: Duration = Duration::from_secs(86_400);
     let timeout = r.duration_or("request_timeout", Duration::from_secs(300));
@@ -380,7 +422,8 @@ mod tests {
     #[test]
     fn an_empty_file_is_a_whole_configuration() {
         let config = read("").unwrap();
-        assert_eq!(config.served_model_name, "smollm2-135m");
+        assert_eq!(config.default_model().name, "smollm2-135m");
+        assert_eq!(config.admin, Some(AdminConfig { listen: "127.0.0.1:18801".parse().unwrap(), is_named: false }));
         assert_eq!(config.address(), "127.0.0.1:18800");
     }
 
@@ -408,6 +451,13 @@ mod tests {
         for part in ["node.max_batch_tokens", "node.max_queue_per_tenant", "node.max_choices"] {
             assert!(error.contains(part), "{part} not in {error}");
         }
+    }
+
+    #[test]
+    fn the_private_listener_stays_private() {
+        let error = read("[node.admin]\nlisten = \"0.0.0.0:1\"").unwrap_err();
+        assert!(error.contains("node.admin.listen") && error.contains("not a loopback"), "{error}");
+        assert!(read("[node.admin]\nlisten = \"off\"").unwrap().admin.is_none());
     }
 
     #[test]

@@ -1,19 +1,21 @@
 //! What is kept of each request: one log line and its share of the metrics, exactly once, also when the client left.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
-use prometheus::{Encoder, GaugeVec, Histogram, HistogramOpts, IntCounterVec, Opts, Registry, TextEncoder};
+use prometheus::{
+    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, TextEncoder, proto::MetricFamily,
+};
 use tidegate_common::{
     contract::{ApiError, ErrorKind},
     ids::RequestId,
 };
 use tracing::info;
 
-use crate::{engine::Stats, sched::Class, stop::Finish};
+use crate::{engine::Stats, sched::Class, served::Models, stop::Finish};
 
 /// How a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +75,9 @@ impl Outcome {
     }
 }
 
+/// The label that says which model.
+const MODEL: &str = "model_name";
+
 /// The reason of answers that were let go of.
 const ABORT: &str = "abort";
 
@@ -90,27 +95,28 @@ const TOKEN_COUNTS: [f64; 16] = [
 pub struct Metrics {
     registry: Registry,
     requests: IntCounterVec,
-    time_to_first_token: Histogram,
+    time_to_first_token: HistogramVec,
     /// Under the old name and the new one.
-    between_tokens: [Histogram; 2],
-    time_per_token: Histogram,
-    latency: Histogram,
-    prompt_tokens: Histogram,
-    generation_tokens: Histogram,
+    between_tokens: [HistogramVec; 2],
+    time_per_token: HistogramVec,
+    latency: HistogramVec,
+    prompt_tokens: HistogramVec,
+    generation_tokens: HistogramVec,
     ends: IntCounterVec,
+    /// The default model's name, for requests that do not come so far as to have a model.
     model: String,
 }
 
 impl Metrics {
-    /// Metrics of one node; `model` is a label on all of them.
+    /// Metrics of one node; the model's name is a label on all of them, and only ever the name of a model that is served here.
     ///
     /// # Errors
     /// Never in practice: when two metrics had one name.
-    pub fn new(model: &str) -> Result<Self, prometheus::Error> {
-        let labels = [("model_name".to_owned(), model.to_owned())].into();
-        let registry = Registry::new_custom(None, Some(labels))?;
-        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
-            let histogram = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+    pub fn new<'a>(models: impl IntoIterator<Item = &'a str>) -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<HistogramVec, prometheus::Error> {
+            let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            let histogram = HistogramVec::new(opts, &[MODEL])?;
             registry.register(Box::new(histogram.clone()))?;
             Ok(histogram)
         };
@@ -118,20 +124,19 @@ impl Metrics {
         let short = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
         let requests = IntCounterVec::new(
             Opts::new("tidegate_node_requests_total", "Requests by path, status and outcome."),
-            &["path", "status", "outcome"],
+            &[MODEL, "path", "status", "outcome"],
         )?;
         registry.register(Box::new(requests.clone()))?;
         let ends = IntCounterVec::new(
             Opts::new("vllm:request_success_total", "Answers ended, by reason."),
-            &["finished_reason"],
+            &[MODEL, "finished_reason"],
         )?;
         registry.register(Box::new(ends.clone()))?;
-        // a rate needs a zero to rise from
-        ["stop", "length", ABORT, ERROR].iter().for_each(|reason| drop(ends.get_metric_with_label_values(&[reason])));
-        Ok(Self {
+        let models: Vec<&str> = models.into_iter().collect();
+        let metrics = Self {
             requests,
             ends,
-            model: model.to_owned(),
+            model: models.first().copied().unwrap_or_default().to_owned(),
             time_to_first_token: histogram(
                 "vllm:time_to_first_token_seconds",
                 "From a request's arrival to its first token.",
@@ -158,25 +163,49 @@ impl Metrics {
             )?,
             latency: histogram("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", &long)?,
             registry,
-        })
+        };
+        models.into_iter().for_each(|model| metrics.begin(model));
+        Ok(metrics)
+    }
+
+    /// A rate needs a zero to rise from.
+    fn begin(&self, model: &str) {
+        for reason in ["stop", "length", ABORT, ERROR] {
+            drop(self.ends.get_metric_with_label_values(&[model, reason]));
+        }
+        let histograms = [&self.time_to_first_token, &self.time_per_token, &self.latency, &self.prompt_tokens];
+        for histogram in histograms.into_iter().chain(&self.between_tokens).chain([&self.generation_tokens]) {
+            drop(histogram.get_metric_with_label_values(&[model]));
+        }
     }
 
     /// All metrics in Prometheus' text format.
-    pub fn render(&self, stats: Option<&Stats>) -> String {
+    pub fn render(&self, models: &Models) -> String {
         let mut out = Vec::new();
         let encoded = TextEncoder::new().encode(&self.registry.gather(), &mut out);
         debug_assert!(encoded.is_ok(), "metrics can always be written to memory");
-        if let Some(stats) = stats {
-            let engine = engine_families(stats, &self.model);
-            let _ = TextEncoder::new().encode(&engine.gather(), &mut out);
-        }
+        let _ = TextEncoder::new().encode(&engine_families(models), &mut out);
         String::from_utf8_lossy(&out).into_owned()
     }
 }
 
-/// The engine's own counters, read when asked.
-fn engine_families(stats: &Stats, model: &str) -> Registry {
-    let labels = [("model_name".to_owned(), model.to_owned())].into();
+/// The engines' own metrics, read when asked. A model's counters begin anew with each load.
+fn engine_families(models: &Models) -> Vec<MetricFamily> {
+    let mut families: BTreeMap<String, MetricFamily> = BTreeMap::new();
+    models.for_each_ready(|model| {
+        for mut family in engine_registry(model.engine.stats(), &model.name).gather() {
+            match families.get_mut(family.name()) {
+                // one family of this name, with the metrics of all models
+                Some(known) => known.mut_metric().extend(family.take_metric()),
+                None => drop(families.insert(family.name().to_owned(), family)),
+            }
+        }
+    });
+    families.into_values().collect()
+}
+
+fn engine_registry(stats: &Stats, model: &str) -> Registry {
+    let labels = [(MODEL.to_owned(), model.to_owned())].into();
     let registry = Registry::new_custom(None, Some(labels)).unwrap_or_default();
     let gauges = [
         ("vllm:num_requests_running", "Sequences in the batch.", stats.running.load(Relaxed) as f64),
@@ -237,6 +266,7 @@ fn preemptions_by_reason(stats: &Stats) -> IntCounterVec {
 /// One request's record; written when it is dropped.
 pub struct Record {
     metrics: Metrics,
+    model: String,
     path: String,
     id: RequestId,
     arrived: Instant,
@@ -256,6 +286,7 @@ impl Record {
     pub fn begin(metrics: &Metrics, path: &str, id: &RequestId, arrived: Instant) -> Self {
         Self {
             metrics: metrics.clone(),
+            model: metrics.model.clone(),
             path: path.to_owned(),
             id: id.clone(),
             arrived,
@@ -282,6 +313,11 @@ impl Record {
         self.code = Some(error.code);
     }
 
+    /// It is for this model, which is served here.
+    pub fn of_model(&mut self, model: &str) {
+        model.clone_into(&mut self.model);
+    }
+
     /// It runs or waits.
     pub fn admitted(&mut self, prompt_tokens: usize, stream: bool) {
         self.prompt_tokens = prompt_tokens;
@@ -294,7 +330,9 @@ impl Record {
         self.first_token.get_or_insert(now);
         self.tokens += 1;
         if let Some(before) = self.newest_tokens.insert(choice, now) {
-            self.metrics.between_tokens.iter().for_each(|h| h.observe((now - before).as_secs_f64()));
+            let between = (now - before).as_secs_f64();
+            let histograms = self.metrics.between_tokens.iter();
+            histograms.for_each(|h| h.with_label_values(&[&self.model]).observe(between));
         }
     }
 
@@ -304,7 +342,7 @@ impl Record {
             Finish::Stop => "stop",
             Finish::Length => "length",
         };
-        self.metrics.ends.with_label_values(&[reason]).inc();
+        self.metrics.ends.with_label_values(&[self.model.as_str(), reason]).inc();
     }
 
     /// It has ended.
@@ -313,22 +351,24 @@ impl Record {
     }
 
     fn observe(&self, total: Duration) {
-        let m = &self.metrics;
-        m.requests.with_label_values(&[self.path.as_str(), &self.status.to_string(), self.outcome.word()]).inc();
+        let (m, model) = (&self.metrics, self.model.as_str());
+        let labels = [model, self.path.as_str(), &self.status.to_string(), self.outcome.word()];
+        m.requests.with_label_values(&labels).inc();
         match self.outcome {
             Outcome::Finished | Outcome::Refused => {}
-            Outcome::EngineLost => m.ends.with_label_values(&[ERROR]).inc(),
+            Outcome::EngineLost => m.ends.with_label_values(&[model, ERROR]).inc(),
             Outcome::ClientLeft | Outcome::HandedOver | Outcome::TimedOut | Outcome::TimedOutWaiting => {
-                m.ends.with_label_values(&[ABORT]).inc()
+                m.ends.with_label_values(&[model, ABORT]).inc();
             }
         }
         let Some(first) = self.first_token else { return };
-        m.prompt_tokens.observe(self.prompt_tokens as f64);
-        m.generation_tokens.observe(self.tokens as f64);
-        m.time_to_first_token.observe((first - self.arrived).as_secs_f64());
-        m.latency.observe(total.as_secs_f64());
+        let observe = |histogram: &HistogramVec, value: f64| histogram.with_label_values(&[model]).observe(value);
+        observe(&m.prompt_tokens, self.prompt_tokens as f64);
+        observe(&m.generation_tokens, self.tokens as f64);
+        observe(&m.time_to_first_token, (first - self.arrived).as_secs_f64());
+        observe(&m.latency, total.as_secs_f64());
         if self.tokens > 1 {
-            m.time_per_token.observe(first.elapsed().as_secs_f64() / (self.tokens - 1) as f64);
+            observe(&m.time_per_token, first.elapsed().as_secs_f64() / (self.tokens - 1) as f64);
         }
     }
 }
@@ -339,6 +379,7 @@ impl Drop for Record {
         self.observe(total);
         info!(
             request = %self.id,
+            model = self.model,
             path = self.path,
             status = self.status,
             outcome = self.outcome.word(),

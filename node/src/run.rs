@@ -18,6 +18,7 @@ use tidegate_common::{
 use tracing::{info, warn};
 
 use crate::{
+    admin,
     config::NodeConfig,
     http::{App, router},
     record::Metrics,
@@ -31,8 +32,10 @@ const HANDOVER_GRACE: Duration = Duration::from_millis(500);
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The address cannot be served on.
-    #[error("node.listen: cannot listen on {address}: {source}{}", .holder.as_ref().map(|h| format!("; it is held by {h}")).unwrap_or_default())]
+    #[error("{key}: cannot listen on {address}: {source}{}", .holder.as_ref().map(|h| format!("; it is held by {h}")).unwrap_or_default())]
     Listen {
+        /// The configuration's key that names it.
+        key: &'static str,
         /// Which address.
         address: SocketAddr,
         /// Why not.
@@ -51,6 +54,14 @@ pub enum RunError {
     Internal(String),
 }
 
+impl RunError {
+    /// The address that `key` names cannot be served on.
+    pub(crate) fn listen(key: &'static str, address: SocketAddr, source: io::Error) -> Self {
+        let in_use = source.kind() == io::ErrorKind::AddrInUse;
+        Self::Listen { key, address, holder: in_use.then(|| holder::of_port(address.port())).flatten(), source }
+    }
+}
+
 /// Serves until `shutdown`; then withdraws, lets running answers finish for `drain_grace`, and hands over the rest.
 ///
 /// # Errors
@@ -58,26 +69,29 @@ pub enum RunError {
 pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: Shutdown) -> Result<(), RunError> {
     let (drain, draining) = shutdown::channel();
     let (let_go, handover) = shutdown::channel();
-    let metrics = Metrics::new(&config.served_model_name).map_err(|e| RunError::Internal(e.to_string()))?;
+    let metrics = Metrics::new(config.models.iter().map(|model| model.name.as_str()))
+        .map_err(|e| RunError::Internal(e.to_string()))?;
     let models = Models::new(&config);
     let app = Arc::new(App { models, metrics, draining, handover, started: Instant::now(), config });
     let handle = Handle::new();
     let server = serve(&app, handle.clone())?;
     let mut server = tokio::spawn(server);
+    let _admin = admin::serve(&app)?;
 
     tokio::select! {
-        loaded = app.models.start(&app.config) => loaded?,
+        loaded = app.models.start() => loaded?,
         () = shutdown.wait() => return Ok(()),
     }
     info!(node = %app.config.id, seconds = app.started.elapsed().as_secs_f32(), "ready");
-    let record = announcement(&app.config);
-    registry.announce(record.clone()).await;
+    let announced = tokio::spawn(keep_announced(app.clone(), registry.clone()));
     let ended = tokio::select! {
         () = shutdown.wait() => Ok(()),
         () = app.models.engine_death() => Err(RunError::Internal("the engine thread ended; the log says why".into())),
         served = &mut server => Err(RunError::Internal(format!("the listener ended: {served:?}"))),
     };
-    registry.withdraw(&record.id).await;
+    announced.abort();
+    let _ = announced.await;
+    registry.withdraw(&app.config.id).await;
     drain.fire();
     if ended.is_ok() {
         wait_until_idle(&app).await;
@@ -91,15 +105,18 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
     ended
 }
 
+/// A listener that a runtime can take over.
+pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
 /// Binds at once, so that a port in use is an error before anything is loaded.
 fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Output = io::Result<()>> + use<>, RunError> {
     let address = app.config.listen;
-    let listen = |source: io::Error| {
-        let in_use = source.kind() == io::ErrorKind::AddrInUse;
-        RunError::Listen { address, holder: in_use.then(|| holder::of_port(address.port())).flatten(), source }
-    };
-    let listener = TcpListener::bind(address).map_err(listen)?;
-    listener.set_nonblocking(true).map_err(listen)?;
+    let listen = |source| RunError::listen("node.listen", address, source);
+    let listener = bind(address).map_err(listen)?;
     let service = router(app.clone()).into_make_service();
     let tls = match &app.config.tls {
         None => None,
@@ -120,14 +137,31 @@ fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Outpu
     })
 }
 
-fn announcement(config: &NodeConfig) -> NodeRecord {
+/// Announces the node, and again whenever the set of its models is another.
+async fn keep_announced(app: Arc<App>, registry: Arc<dyn Registry>) {
+    let (mut changes, mut said) = (app.models.changes(), None);
+    loop {
+        changes.mark_unchanged();
+        let record = announcement(&app);
+        if said.as_ref() != Some(&record) {
+            registry.announce(record.clone()).await;
+            said = Some(record);
+        }
+        // the table lives in `app`
+        let _ = changes.changed().await;
+    }
+}
+
+fn announcement(app: &App) -> NodeRecord {
+    let config = &app.config;
     NodeRecord {
         tls: config.tls.is_some(),
+        models: app.models.offered().into_iter().map(|(name, _)| name).collect(),
         version: config.version.clone(),
         color: config.color.clone(),
         site: config.site.clone(),
         weight: config.weight,
-        ..NodeRecord::new(config.id.clone(), config.address(), config.served_model_name.clone())
+        ..NodeRecord::new(config.id.clone(), config.address(), config.default_model().name.clone())
     }
 }
 

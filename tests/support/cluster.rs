@@ -43,6 +43,7 @@ impl NodePlan {
 pub(crate) struct Node {
     plan: NodePlan,
     port: u16,
+    admin_port: u16,
     process: Option<Process>,
 }
 
@@ -119,6 +120,16 @@ impl Cluster {
         format!("http://127.0.0.1:{}", self.nodes[id].port)
     }
 
+    /// One node's private listener.
+    pub(crate) fn node_admin(&self, id: &str) -> String {
+        format!("127.0.0.1:{}", self.nodes[id].admin_port)
+    }
+
+    /// The folder of this cluster's files.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
     /// The balancer's private listener.
     pub(crate) fn admin(&self) -> String {
         format!("http://127.0.0.1:{}", self.admin_port)
@@ -185,7 +196,7 @@ impl Cluster {
 
 impl Node {
     fn planned(plan: NodePlan) -> Self {
-        Self { plan, port: free_port(), process: None }
+        Self { plan, port: free_port(), admin_port: free_port(), process: None }
     }
 }
 
@@ -206,12 +217,17 @@ pub(crate) async fn lone_node(plan: NodePlan) -> (Process, String, TempDir) {
 }
 
 fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
-    let Node { plan, port, .. } = node;
+    let Node { plan, port, admin_port, .. } = node;
     // announcing into a list does nothing: the balancer has the whole of it
     let registry = registry_lines(registry, &BTreeMap::new(), &[("none", "none")]);
     let serves = plan.serves.map(|name| format!("served_model_name = \"{name}\"\n")).unwrap_or_default();
+    let model = match plan.lines.contains("[[node.models]]") {
+        true => String::new(),
+        false => format!("model = \"{MODEL}\"\n"),
+    };
     let text = format!(
-        "{registry}\n[node]\nid = \"{}\"\nlisten = \"127.0.0.1:{port}\"\nmodel = \"{MODEL}\"\n{serves}{}\n",
+        "{registry}\n[node]\nid = \"{}\"\nlisten = \"127.0.0.1:{port}\"\nadmin.listen = \"127.0.0.1:{admin_port}\"\n\
+         {model}{serves}{}\n",
         plan.id, plan.lines
     );
     fs::write(&file, text).unwrap();

@@ -57,6 +57,8 @@ impl Pool {
 pub(crate) struct Snapshot {
     /// The pool of each model, also of one whose members are all away.
     pub(crate) models: BTreeMap<String, Pool>,
+    /// The model of requests that name none, where the members agree on one.
+    pub(crate) default_model: Option<String>,
     /// What the private listener shows.
     pub(crate) report: Members,
 }

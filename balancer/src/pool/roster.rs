@@ -133,8 +133,9 @@ impl Roster {
     }
 
     fn is_last_ready(&self, id: &NodeId) -> bool {
-        let Some(model) = self.members.get(id).map(|member| &member.record.model) else { return false };
-        !self.members.iter().any(|(other, m)| other != id && m.record.model == *model && m.state.is_ready())
+        let Some(member) = self.members.get(id) else { return false };
+        let has_another = |model: &str| self.members.iter().any(|(other, m)| other != id && m.is_ready_for(model));
+        !member.models().iter().all(|(model, _)| has_another(model))
     }
 
     fn note(&mut self, id: &NodeId, outcome: Probed) -> member::Event {
@@ -182,11 +183,14 @@ impl Roster {
     pub(crate) fn snapshot(&mut self) -> Snapshot {
         let mut pools: BTreeMap<String, (Pool, Shares)> = BTreeMap::new();
         for member in self.members.values() {
-            let (pool, key) = pools.entry(member.record.model.clone()).or_default();
-            pool.members += 1;
-            if let Some(target) = member.target() {
-                pool.ready.push(Arc::new(target));
-                key.push((member.record.id.clone(), member.record.weight));
+            let target = member.target().map(Arc::new);
+            for (model, takes_requests) in member.models() {
+                let (pool, key) = pools.entry(model.to_owned()).or_default();
+                pool.members += 1;
+                if let Some(target) = target.as_ref().filter(|_| takes_requests) {
+                    pool.ready.push(Arc::clone(target));
+                    key.push((member.record.id.clone(), member.record.weight));
+                }
             }
         }
         self.rotations.retain(|model, _| pools.contains_key(model));
@@ -197,7 +201,14 @@ impl Roster {
                 (model, pool)
             })
             .collect();
-        Snapshot { models, report: self.report() }
+        Snapshot { models, default_model: self.default_model(), report: self.report() }
+    }
+
+    /// The model of requests that name none: what all members say of themselves, if they agree.
+    fn default_model(&self) -> Option<String> {
+        let mut defaults = self.members.values().map(|member| &member.record.model);
+        let first = defaults.next()?;
+        defaults.all(|model| model == first).then(|| first.clone())
     }
 
     fn rotation(&mut self, model: &str, key: Shares) -> Arc<Rotation> {
@@ -223,6 +234,19 @@ impl Roster {
 }
 
 impl Member {
+    /// The models that it serves, and whether each takes requests now. What the node says of itself is newer than its record, and a
+    /// node of an earlier release says nothing of models.
+    fn models(&self) -> Vec<(&str, bool)> {
+        match self.health.as_deref().and_then(|health| health.models.as_ref()) {
+            Some(models) => models.iter().map(|m| (m.name.as_str(), m.state.takes_requests())).collect(),
+            None => self.record.models().iter().map(|model| (model.as_str(), true)).collect(),
+        }
+    }
+
+    fn is_ready_for(&self, model: &str) -> bool {
+        self.state.is_ready() && self.models().contains(&(model, true))
+    }
+
     fn target(&self) -> Option<Target> {
         let peer = self.peer.as_deref().filter(|_| self.state.is_ready())?;
         Some(Target {
@@ -252,6 +276,7 @@ impl Member {
             kv_blocks_free: health.map(|h| h.kv_blocks_free),
             kv_blocks_total: health.map(|h| h.kv_blocks_total),
             step: health.map(|h| h.step),
+            models: health.and_then(|h| h.models.clone()).unwrap_or_default(),
             last_probe_error: self.last_error.clone(),
         }
     }
@@ -301,6 +326,24 @@ mod tests {
             health: Box::new(serde_json::from_value(health).unwrap()),
         };
         Signal::Probed { id: record.id.clone(), incarnation: Incarnation(incarnation), outcome }
+    }
+
+    /// Healthy, with these models: name and state.
+    fn answered_with(record: &NodeRecord, incarnation: u64, models: &[(&str, &str)]) -> Signal {
+        let Signal::Probed { id, incarnation, outcome: Probed::Answered { peer, mut health } } =
+            answered(record, incarnation, "healthy")
+        else {
+            unreachable!()
+        };
+        let model = |(name, state): &(&str, &str)| serde_json::json!({"name": name, "state": state, "running": 0, "waiting": 0, "kv_blocks_free": 0, "kv_blocks_total": 0});
+        let models: Vec<serde_json::Value> = models.iter().map(model).collect();
+        health.models = Some(serde_json::from_value(models.into()).unwrap());
+        Signal::Probed { id, incarnation, outcome: Probed::Answered { peer, health } }
+    }
+
+    fn ready_for(roster: &mut Roster, model: &str) -> Option<Vec<String>> {
+        let snapshot = roster.snapshot();
+        snapshot.models.get(model).map(|pool| pool.ready.iter().map(|t| t.id.to_string()).collect())
     }
 
     fn failed(record: &NodeRecord, incarnation: u64) -> Signal {
@@ -360,6 +403,47 @@ mod tests {
         }
         assert!(ready(&mut roster).is_empty());
         assert!(roster.snapshot().report.members[0].last_probe_error.as_deref().unwrap().contains("'b'"));
+    }
+
+    #[test]
+    fn each_model_of_a_node_has_a_pool_and_a_failed_one_takes_no_requests() {
+        let (mut roster, mut a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
+        a.models = vec!["m".into(), "small".into()];
+        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        assert_eq!(ready_for(&mut roster, "small"), Some(vec![]), "known from the record before any probe");
+        let both = [("m", "ready"), ("small", "unloaded")];
+        for _ in 0..2 {
+            roster.apply_signal(answered_with(&a, 1, &both), NOW);
+            roster.apply_signal(answered(&b, 2, "healthy"), NOW);
+        }
+        assert_eq!(ready_for(&mut roster, "small").unwrap(), ["a"]);
+        assert_eq!(ready(&mut roster), ["a", "b"]);
+        assert_eq!(roster.snapshot().default_model.as_deref(), Some("m"));
+        for state in ["failed", "stalled", "unloading"] {
+            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("small", state)]), NOW);
+            assert_eq!(ready_for(&mut roster, "small"), Some(vec![]), "{state}");
+            assert_eq!(ready(&mut roster), ["a", "b"], "{state}");
+        }
+        roster.apply_signal(answered_with(&a, 1, &both), NOW);
+        assert_eq!(ready_for(&mut roster, "small").unwrap(), ["a"]);
+        roster.apply_signal(answered_with(&a, 1, &[("other", "ready")]), NOW);
+        assert_eq!((ready_for(&mut roster, "small"), ready(&mut roster)), (None, vec!["b".to_owned()]));
+    }
+
+    #[test]
+    fn a_node_is_kept_that_is_the_last_for_one_of_its_models() {
+        let (mut roster, a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
+        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        for _ in 0..2 {
+            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("only here", "ready")]), NOW);
+            roster.apply_signal(answered_with(&b, 2, &[("m", "ready")]), NOW);
+        }
+        let lost = |r: &NodeRecord, n| Signal::Lost { id: r.id.clone(), incarnation: Incarnation(n), counts: true };
+        for _ in 0..9 {
+            roster.apply_signal(lost(&a, 1), NOW);
+            roster.apply_signal(lost(&b, 2), NOW);
+        }
+        assert_eq!(ready(&mut roster), ["a"]);
     }
 
     #[test]

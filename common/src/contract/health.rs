@@ -66,4 +66,81 @@ pub struct Health {
     /// Why the status is not healthy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Each model that the node can serve now or on first use, and those on their way out. `running`, `waiting`, blocks and steps
+    /// above are their sums. A node that says nothing here serves `model`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub models: Option<Vec<ModelHealth>>,
+}
+
+/// One model of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelHealth {
+    /// Its name in the API.
+    pub name: String,
+    /// Where it stands.
+    pub state: ModelState,
+    /// Sequences in its batch.
+    pub running: u32,
+    /// Sequences that wait for a place.
+    pub waiting: u32,
+    /// KV blocks free or evictable.
+    pub kv_blocks_free: u32,
+    /// All its KV blocks.
+    pub kv_blocks_total: u32,
+    /// More about the state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Where a model of a node stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ModelState {
+    /// Not in memory; the first request loads it.
+    Unloaded,
+    /// On its way in; requests wait for it.
+    Loading,
+    /// Takes requests.
+    Ready,
+    /// Its sequences run and no step has finished within the bound.
+    Stalled,
+    /// Finishes what it has and takes nothing new.
+    Unloading,
+    /// Could not be loaded, and is not tried again yet.
+    Failed,
+    /// A state of a later release.
+    #[serde(other)]
+    Other,
+}
+
+impl ModelState {
+    /// The word in the JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unloaded => "unloaded",
+            Self::Loading => "loading",
+            Self::Ready => "ready",
+            Self::Stalled => "stalled",
+            Self::Unloading => "unloading",
+            Self::Failed => "failed",
+            Self::Other => "other",
+        }
+    }
+
+    /// Whether a request for it makes sense; it may have to wait.
+    pub fn takes_requests(self) -> bool {
+        matches!(self, Self::Unloaded | Self::Loading | Self::Ready)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_of_a_later_release_takes_no_requests_and_breaks_nothing() {
+        let text = r#"{"name":"m","state":"dreaming","running":0,"waiting":0,"kv_blocks_free":0,"kv_blocks_total":0}"#;
+        let model: ModelHealth = serde_json::from_str(text).unwrap();
+        assert!(!model.state.takes_requests());
+    }
 }

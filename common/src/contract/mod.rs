@@ -13,6 +13,6 @@ mod resume;
 
 pub use error::{ApiError, ErrorKind};
 pub use event::EventId;
-pub use health::{Health, Status};
+pub use health::{Health, ModelHealth, ModelState, Status};
 pub use record::{NodeRecord, RECORD_VERSION};
 pub use resume::Resume;

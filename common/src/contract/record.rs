@@ -19,8 +19,11 @@ pub struct NodeRecord {
     /// Whether it speaks TLS there.
     #[serde(default)]
     pub tls: bool,
-    /// The model's name in the API.
+    /// The name in the API of the model that requests get which name none.
     pub model: String,
+    /// All models that the node can serve now or on first use, by their names in the API; only `model` when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub models: Vec<String>,
     /// Version of the model or its deployment.
     #[serde(default)]
     pub version: String,
@@ -44,11 +47,17 @@ impl NodeRecord {
             address,
             tls: false,
             model,
+            models: Vec::new(),
             version: String::new(),
             color: blue(),
             site: local(),
             weight: one(),
         }
+    }
+
+    /// Names of the models that the node serves.
+    pub fn models(&self) -> &[String] {
+        if self.models.is_empty() { std::slice::from_ref(&self.model) } else { &self.models }
     }
 }
 
@@ -73,5 +82,16 @@ mod tests {
         let text = r#"{"v":1,"id":"n1","address":"127.0.0.1:1","model":"m","later":true}"#;
         let record: NodeRecord = serde_json::from_str(text).unwrap();
         assert_eq!(record, NodeRecord::new("n1".parse().unwrap(), "127.0.0.1:1".into(), "m".into()));
+        assert_eq!(record.models(), ["m"]);
+    }
+
+    #[test]
+    fn a_node_of_several_models_names_them_beside_the_one_that_earlier_releases_read() {
+        let mut record = NodeRecord::new("n1".parse().unwrap(), "127.0.0.1:1".into(), "m".into());
+        record.models = vec!["m".into(), "other".into()];
+        let text = serde_json::to_string(&record).unwrap();
+        assert!(text.contains(r#""model":"m","models":["m","other"]"#), "{text}");
+        let back: NodeRecord = serde_json::from_str(&text).unwrap();
+        assert_eq!(back.models(), ["m", "other"]);
     }
 }

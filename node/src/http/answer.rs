@@ -211,6 +211,7 @@ impl Answer {
     }
 
     fn with(mut self, mut record: Record) -> Self {
+        record.of_model(&self.loaded.name);
         record.admitted(self.prompt_tokens, self.stream);
         self.record = Some(record);
         self

@@ -27,7 +27,7 @@ use axum::{
 };
 use serde_json::json;
 use tidegate_common::{
-    contract::{ApiError, ErrorKind, Health, Status, headers, paths},
+    contract::{ApiError, ErrorKind, Health, ModelHealth, ModelState, Status, headers, paths},
     shutdown::Shutdown,
 };
 
@@ -38,7 +38,7 @@ use crate::{
 };
 use ask::{Body as AskBody, ChatRequest, CompletionRequest, MessagesRequest, QueryRequest, ResponsesRequest};
 use door::Door;
-use reply::Reply;
+pub(crate) use reply::Reply;
 
 /// What every handler sees.
 pub struct App {
@@ -60,40 +60,53 @@ impl App {
     /// What `/health` says.
     pub fn health(&self) -> Health {
         let c = &self.config;
-        let loaded = self.models.default();
-        let stats = loaded.as_ref().map(|l| l.engine.stats());
-        let load =
-            |read: fn(&crate::engine::Stats) -> u64| stats.map_or(0, |s| u32::try_from(read(s)).unwrap_or(u32::MAX));
-        let silent = stats.map(|s| s.silent_for()).filter(|silent| *silent > c.stall_after);
-        let (status, reason) = match (silent, stats) {
-            _ if self.draining.is_set() => (Status::Draining, Some("the node is shutting down".to_owned())),
-            (_, None) => (Status::Loading, Some("the model is loading".to_owned())),
-            (Some(silent), _) => (Status::Stalled, Some(format!("no step has ended for {} s", silent.as_secs()))),
-            _ => (Status::Healthy, None),
-        };
+        let models = self.models.health(c.stall_after);
+        let (status, reason) = self.status(&models);
+        let sum = |read: fn(&ModelHealth) -> u32| models.iter().map(read).fold(0, u32::saturating_add);
+        let (mut device, mut context, mut step) = (String::new(), 0, 0);
+        self.models.for_each_ready(|loaded| {
+            device.clone_from(&loaded.device);
+            context = context.max(loaded.context as u32);
+            step += loaded.engine.stats().steps.load(Relaxed);
+        });
         Health {
             status,
             uptime: self.started.elapsed().as_secs(),
             node: c.id.clone(),
-            model: c.served_model_name.clone(),
+            model: c.default_model().name.clone(),
             version: c.version.clone(),
             color: c.color.clone(),
             site: c.site.clone(),
             build: env!("CARGO_PKG_VERSION").to_owned(),
-            device: loaded.as_ref().map(|l| l.device.clone()).unwrap_or_default(),
-            context: loaded.as_ref().map_or(0, |l| l.context as u32),
-            running: load(|s| s.running.load(Relaxed)),
-            waiting: load(|s| s.waiting.load(Relaxed)),
-            kv_blocks_free: load(|s| s.blocks_free.load(Relaxed)),
-            kv_blocks_total: load(|s| s.blocks_total),
-            step: stats.map_or(0, |s| s.steps.load(Relaxed)),
+            device,
+            context,
+            running: sum(|m| m.running),
+            waiting: sum(|m| m.waiting),
+            kv_blocks_free: sum(|m| m.kv_blocks_free),
+            kv_blocks_total: sum(|m| m.kv_blocks_total),
+            step,
             reason,
+            models: Some(models),
+        }
+    }
+
+    /// One model that is silent takes itself out of its pool; when all that stand are, the node is stalled.
+    fn status(&self, models: &[ModelHealth]) -> (Status, Option<String>) {
+        let silent = models.iter().find(|m| m.state == ModelState::Stalled);
+        let stands = models.iter().any(|m| m.state == ModelState::Ready);
+        match silent {
+            _ if self.draining.is_set() => (Status::Draining, Some("the node is shutting down".to_owned())),
+            _ if !self.models.is_started() => (Status::Loading, Some("the model is loading".to_owned())),
+            Some(silent) if !stands => (Status::Stalled, silent.reason.clone()),
+            _ => (Status::Healthy, None),
         }
     }
 
     /// How long until a refused request is likely to be taken.
     fn expected_wait(&self) -> Duration {
-        self.models.ready().iter().map(|loaded| loaded.engine.stats().backlog()).max().unwrap_or_default()
+        let mut longest = Duration::ZERO;
+        self.models.for_each_ready(|loaded| longest = longest.max(loaded.engine.stats().backlog()));
+        longest
     }
 
     /// What stands of the model that a request names, or of the default one. Hold it to the answer's last byte: an unload waits for
@@ -149,15 +162,13 @@ async fn health(State(app): State<Arc<App>>) -> Response {
 async fn models(State(app): State<Arc<App>>) -> Response {
     let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let created = created - app.started.elapsed().as_secs();
-    let context = app.models.default().map(|l| l.context);
-    let model = json!({"id": app.config.served_model_name, "object": "model", "created": created, "owned_by": "tidegate", "max_model_len": context});
-    Reply::json(200, &json!({"object": "list", "data": [model]})).into_response()
+    let model = |(id, context): (String, Option<usize>)| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate", "max_model_len": context});
+    let data: Vec<_> = app.models.offered().into_iter().map(model).collect();
+    Reply::json(200, &json!({"object": "list", "data": data})).into_response()
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
-    let loaded = app.models.default();
-    let text = app.metrics.render(loaded.as_ref().map(|l| l.engine.stats()));
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], app.metrics.render(&app.models)).into_response()
 }
 
 async fn wrong_method(method: Method, uri: Uri) -> Response {

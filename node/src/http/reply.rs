@@ -9,7 +9,7 @@ use serde::Serialize;
 use tidegate_common::contract::ApiError;
 
 /// A JSON answer.
-pub(super) struct Reply {
+pub(crate) struct Reply {
     status: u16,
     body: Vec<u8>,
     retry_after_s: Option<u64>,
@@ -17,7 +17,7 @@ pub(super) struct Reply {
 
 impl Reply {
     /// `body` as JSON.
-    pub(super) fn json(status: u16, body: &impl Serialize) -> Self {
+    pub(crate) fn json(status: u16, body: &impl Serialize) -> Self {
         let body = serde_json::to_vec(body).expect("our own answers can be written as JSON");
         Self { status, body, retry_after_s: None }
     }
