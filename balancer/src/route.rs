@@ -14,6 +14,8 @@ pub(crate) enum Route {
     Health,
     /// All models.
     Models,
+    /// The document of the API at this path, which any node gives.
+    Document(&'static str),
     /// A generation at this path.
     Generation(&'static str),
 }
@@ -22,7 +24,7 @@ pub(crate) enum Route {
 pub(crate) fn allowed(path: &str) -> Option<&'static str> {
     match path {
         paths::HEALTH => Some("GET, HEAD"),
-        paths::MODELS => Some("GET"),
+        paths::MODELS | paths::OPENAPI | paths::DOCS => Some("GET"),
         _ if paths::is_generation(path) => Some("POST"),
         _ => None,
     }
@@ -30,7 +32,7 @@ pub(crate) fn allowed(path: &str) -> Option<&'static str> {
 
 /// A path as a label: one of ours, or one word for all others.
 pub(crate) fn label(path: &str) -> &'static str {
-    let known = [paths::HEALTH, paths::MODELS].into_iter().chain(paths::GENERATIONS);
+    let known = [paths::HEALTH, paths::MODELS, paths::OPENAPI, paths::DOCS].into_iter().chain(paths::GENERATIONS);
     known.into_iter().find(|known| *known == path).unwrap_or("other")
 }
 
@@ -39,6 +41,7 @@ pub(crate) fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
     match (method, path) {
         (&Method::GET | &Method::HEAD, paths::HEALTH) => Ok(Route::Health),
         (&Method::GET, paths::MODELS) => Ok(Route::Models),
+        (&Method::GET, paths::OPENAPI | paths::DOCS) => Ok(Route::Document(label(path))),
         (&Method::POST, path) if paths::is_generation(path) => Ok(Route::Generation(label(path))),
         (method, path) => Err(refusal(method, path)),
     }

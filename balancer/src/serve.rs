@@ -167,6 +167,7 @@ impl Edge {
         match route? {
             Route::Health => Ok(self.health(session, record).await),
             Route::Models => Ok(self.models(session, record).await),
+            Route::Document(path) => self.document(path, session, record).await,
             Route::Generation(path) => self.generate(path, session, record).await,
         }
     }
@@ -187,6 +188,21 @@ impl Edge {
         };
         let wish = Wish::read(&body)?;
         Ok(self.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+    }
+
+    /// Nodes know the API; all of them say the same of it.
+    async fn document(
+        &self,
+        path: &'static str,
+        session: &mut ServerSession,
+        record: &mut Record,
+    ) -> Result<Ended, ApiError> {
+        let snapshot = self.pool.load();
+        let ready = snapshot.models.iter().find(|(_, pool)| !pool.ready.is_empty());
+        let model = ready.map(|(model, _)| model.clone());
+        let model = model.ok_or_else(|| route::nobody_ready("no node is ready to tell of its API"))?;
+        drop(snapshot);
+        Ok(self.relay.carry(session, record, &Generation::document(path, model)).await)
     }
 
     async fn health(&self, session: &mut ServerSession, record: &mut Record) -> Ended {

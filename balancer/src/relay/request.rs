@@ -13,6 +13,7 @@ use crate::{body::Wish, ctx::RequestCtx, pool::Target};
 
 /// One generation, as its client asked for it.
 pub(crate) struct Generation {
+    method: &'static str,
     path: &'static str,
     body: Bytes,
     /// The model that the client named.
@@ -30,9 +31,14 @@ pub(crate) struct NodeRequest {
 }
 
 impl Generation {
+    /// The document at this path, from a node of this model: no generation, and carried like one.
+    pub(crate) fn document(path: &'static str, model: String) -> Self {
+        Self { method: "GET", path, body: Bytes::new(), model: Some(model), seed: None, stream: false, choices: 1 }
+    }
+
     pub(crate) fn new(path: &'static str, body: Bytes, wish: &Wish) -> Self {
         let seed = (!wish.seeded).then(rand::random);
-        Self { path, body, model: wish.model.clone(), seed, stream: wish.stream, choices: wish.choices }
+        Self { method: "POST", path, body, model: wish.model.clone(), seed, stream: wish.stream, choices: wish.choices }
     }
 
     /// The request for `target`.
@@ -44,7 +50,7 @@ impl Generation {
         resume: Option<&Delivered>,
     ) -> pingora::Result<NodeRequest> {
         let body = resume.map_or_else(|| self.body.clone(), |delivered| with_resume(&self.body, &delivered.resume()));
-        let mut head = RequestHeader::build("POST", self.path.as_bytes(), Some(12))?;
+        let mut head = RequestHeader::build(self.method, self.path.as_bytes(), Some(12))?;
         head.insert_header("host", target.authority.as_str())?;
         head.insert_header("content-type", "application/json")?;
         head.insert_header("content-length", body.len().to_string())?;

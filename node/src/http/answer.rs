@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// How often a request that waits shows that it is alive.
-const WAIT_INTERVAL: Duration = Duration::from_millis(900);
+pub(super) const WAIT_INTERVAL: Duration = Duration::from_millis(900);
 
 /// After the deadline, how long a client gets to read the last event.
 const WRITE_GRACE: Duration = Duration::from_secs(1);
@@ -63,19 +63,35 @@ pub(super) async fn serve<B: AskBody>(app: Arc<App>, request: Request<Body>) -> 
             Reply::refusal(&error, &path).into_response()
         }
     };
+    name_request(&mut response, &frame);
+    response
+}
+
+/// Every answer says which request it is for.
+pub(super) fn name_request(response: &mut axum::response::Response, frame: &Frame) {
     if let Ok(id) = HeaderValue::from_str(frame.id.as_str()) {
         response.headers_mut().insert(tidegate_common::contract::headers::REQUEST_ID, id);
     }
-    response
+}
+
+/// Reads a request, and finds the model that it names.
+pub(super) async fn read<B: serde::de::DeserializeOwned + Send + 'static>(
+    app: &App,
+    frame: &Frame,
+    request: Request<Body>,
+    model: impl Fn(&B) -> Option<&str>,
+) -> Result<(B, Arc<Loaded>), ApiError> {
+    app.refuse_while_draining()?;
+    let bytes = read_body(app, frame, request.into_body()).await?;
+    let body: B = aside(move || check::parse(&bytes)).await?;
+    let loaded = app.model(model(&body), frame.deadline).await?;
+    Ok((body, loaded))
 }
 
 /// Reads, checks and submits a request.
 async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
-    app.refuse_while_draining()?;
     let path = request.uri().path().to_owned();
-    let bytes = read_body(app, frame, request.into_body()).await?;
-    let body: B = aside(move || check::parse(&bytes)).await?;
-    let loaded = app.model(body.model(), frame.deadline).await?;
+    let (body, loaded) = read(app, frame, request, B::model).await?;
     let (inner, held, its_frame) = (app.clone(), loaded.clone(), frame.clone());
     let valid = aside(move || {
         let head = Head::new(&its_frame, &held.name, &held.device);
@@ -87,7 +103,9 @@ async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>)
 }
 
 /// Does `work` on a thread that serves nobody: JSON, templates, tokenizers and grammars take milliseconds.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, ApiError> + Send + 'static) -> Result<T, ApiError> {
+pub(super) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
     tokio::task::spawn_blocking(work).await.map_err(|_| internal())?
 }
 
@@ -429,7 +447,7 @@ enum Next {
     Broken(Outcome),
 }
 
-fn refusal(refused: Refused, app: &App, loaded: &Loaded) -> ApiError {
+pub(super) fn refusal(refused: Refused, app: &App, loaded: &Loaded) -> ApiError {
     let limits = &app.config.engine;
     let message = match refused {
         Refused::Full => format!(

@@ -7,7 +7,11 @@ mod ask;
 mod grammar;
 mod answer;
 mod choice;
+mod once;
+mod embed;
+mod tokens;
 mod shape;
+mod openapi;
 mod reply;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -38,7 +42,10 @@ use crate::{
 };
 use ask::{Body as AskBody, ChatRequest, CompletionRequest, MessagesRequest, QueryRequest, ResponsesRequest};
 use door::Door;
+use embed::EmbeddingsRequest;
+use openapi::{Described, RequestBody};
 pub(crate) use reply::Reply;
+use tokens::{DetokenizeRequest, TokenizeRequest};
 
 /// What every handler sees.
 pub struct App {
@@ -132,21 +139,85 @@ impl App {
 
 /// All routes of the node.
 pub fn router(app: Arc<App>) -> Router {
-    let only = |route: MethodRouter<Arc<App>>| route.fallback(wrong_method);
-    Router::new()
-        .route(paths::CHAT_COMPLETIONS, only(post(generate::<ChatRequest>)))
-        .route(paths::COMPLETIONS, only(post(generate::<CompletionRequest>)))
-        .route(paths::CHAT, only(post(generate::<ChatRequest>)))
-        .route(paths::API_CHAT, only(post(generate::<QueryRequest>)))
-        .route(paths::RESPONSES, only(post(generate::<ResponsesRequest>)))
-        .route(paths::MESSAGES, only(post(generate::<MessagesRequest>)))
-        .route(paths::MODELS, only(get(models)))
-        .route(paths::HEALTH, only(get(health)))
-        .route(paths::METRICS, only(get(metrics)))
+    let add = |router: Router<Arc<App>>, (about, handler): (Described, MethodRouter<Arc<App>>)| {
+        router.route(about.path, handler.fallback(wrong_method))
+    };
+    routes()
+        .into_iter()
+        .fold(Router::new(), add)
         .fallback(unknown_path)
         .layer(axum::middleware::from_fn_with_state(Door::new(app.clone()), Door::pass))
         .layer(axum::middleware::map_response_with_state(app.clone(), name_node))
         .with_state(app)
+}
+
+/// What is served at which path; the router and the document are both made of it.
+fn routes() -> Vec<(Described, MethodRouter<Arc<App>>)> {
+    let generation = |path, summary, body| Described { path, method: "post", summary, body: Some(body), streams: true };
+    let question = |path, summary, body| Described { path, method: "post", summary, body: Some(body), streams: false };
+    let view = |path, summary| Described { path, method: "get", summary, body: None, streams: false };
+    let chat = RequestBody::of::<ChatRequest>;
+    vec![
+        (
+            generation(paths::CHAT_COMPLETIONS, "A chat completion, as the OpenAI API has it.", chat()),
+            post(generate::<ChatRequest>),
+        ),
+        (
+            generation(paths::COMPLETIONS, "A text completion.", RequestBody::of::<CompletionRequest>()),
+            post(generate::<CompletionRequest>),
+        ),
+        (generation(paths::CHAT, "A chat completion, by a shorter path.", chat()), post(generate::<ChatRequest>)),
+        (
+            generation(paths::API_CHAT, "A query in, an answer out.", RequestBody::of::<QueryRequest>()),
+            post(generate::<QueryRequest>),
+        ),
+        (
+            generation(
+                paths::RESPONSES,
+                "A response, as the OpenAI API has it.",
+                RequestBody::of::<ResponsesRequest>(),
+            ),
+            post(generate::<ResponsesRequest>),
+        ),
+        (
+            generation(
+                paths::MESSAGES,
+                "A message, as the Anthropic API has it.",
+                RequestBody::of::<MessagesRequest>(),
+            ),
+            post(generate::<MessagesRequest>),
+        ),
+        (
+            question(paths::EMBEDDINGS, "Vectors for texts.", RequestBody::of::<EmbeddingsRequest>()),
+            post(once::serve::<EmbeddingsRequest>),
+        ),
+        (
+            question(paths::TOKENIZE, "The tokens of a text or a conversation.", RequestBody::of::<TokenizeRequest>()),
+            post(once::serve::<TokenizeRequest>),
+        ),
+        (
+            question(paths::DETOKENIZE, "The text of tokens.", RequestBody::of::<DetokenizeRequest>()),
+            post(once::serve::<DetokenizeRequest>),
+        ),
+        (view(paths::MODELS, "The models served here."), get(models)),
+        (view(paths::HEALTH, "Whether requests can be served."), get(health)),
+        (view(paths::METRICS, "Metrics in Prometheus' text format; at the node alone."), get(metrics)),
+        (view(paths::OPENAPI, "This document."), get(document)),
+        (view(paths::DOCS, "The same for people."), get(docs)),
+    ]
+}
+
+fn described() -> Vec<Described> {
+    routes().into_iter().map(|(about, _)| about).collect()
+}
+
+async fn document() -> Response {
+    Reply::json(200, &openapi::document(&described())).into_response()
+}
+
+async fn docs() -> Response {
+    ([(header::CONTENT_TYPE, "text/html; charset=utf-8")], openapi::page(&openapi::document(&described())))
+        .into_response()
 }
 
 async fn generate<B: AskBody>(State(app): State<Arc<App>>, request: Request<Body>) -> Response {

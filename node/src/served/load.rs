@@ -103,7 +103,7 @@ impl Measured {
         let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
         let model = model::load(&checkpoint, Cpu::new(node.engine.threads), capacity)?;
         let mut model = InTurn { model, turns: turns.clone() };
-        let device = model.device_class();
+        let (device, width) = (model.device_class(), model.width());
         warm_up(&mut model, &tokenizer, capacity.context);
         let limits =
             Limits { batch_size_max: node.engine.batch_size_max, batch_tokens_max: node.engine.batch_tokens_max };
@@ -117,7 +117,7 @@ impl Measured {
         let end_tokens = tokenizer.end_tokens().into();
         let guides = Guides::new(tokenizer.clone());
         let (name, context) = (config.name, capacity.context);
-        Ok((Loaded { name, engine, tokenizer, guides, template, context, device, end_tokens }, thread))
+        Ok((Loaded { name, engine, tokenizer, guides, template, context, width, device, end_tokens }, thread))
     }
 }
 

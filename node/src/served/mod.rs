@@ -57,6 +57,8 @@ pub struct Loaded {
     pub template: text::ChatTemplate,
     /// Most tokens of prompt and answer.
     pub context: usize,
+    /// Numbers of a hidden state.
+    pub width: usize,
     /// Device class.
     pub device: String,
     /// Tokens that end an answer.

@@ -35,13 +35,12 @@ openai_request! {
         #[schema(example = json!([{"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]))]
         tools: Option<Vec<Tool>>,
         /// `none`, `auto`, `required`, or one function by its name.
-        #[schema(example = "auto")]
         tool_choice: Option<ToolChoice>,
         /// Whether one answer may make several calls.
         #[schema(example = true)]
         parallel_tool_calls: Option<bool>,
         /// More variables for the model's chat template, such as `enable_thinking`.
-        #[schema(value_type = Option<Object>, example = json!({"enable_thinking": false}))]
+        #[schema(value_type = Option<Object>)]
         chat_template_kwargs: Option<Map<String, Value>>,
     }
 }

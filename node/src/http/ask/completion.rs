@@ -12,7 +12,7 @@ openai_request! {
     /// A text completion.
     CompletionRequest {
         /// What to go on from: a text, several, or their tokens.
-        #[schema(required, example = "Once upon a time")]
+        #[schema(required)]
         prompt: Option<Prompts>,
         /// Whether the answer begins with the prompt; then `max_tokens` may be 0.
         #[schema(example = true)]
@@ -42,7 +42,7 @@ impl Body for CompletionRequest {
                 "these models write on from a prompt's end and cannot fill a gap",
             ));
         }
-        if check::whole("best_of", self.best_of, 1..=i64::MAX, 1)? > self.n.unwrap_or(1) {
+        if check::whole("best_of", self.best_of, 1..=i64::MAX, 1)? > self.n.unwrap_or(1).max(1) {
             return Err(check::unsupported("best_of", "ask for n answers and choose among them"));
         }
         let logprobs = match self.logprobs {

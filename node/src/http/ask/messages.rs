@@ -44,16 +44,14 @@ pub(in crate::http) struct MessagesRequest {
     #[schema(example = json!([{"name": "now", "input_schema": {"type": "object", "properties": {}}}]))]
     tools: Option<Vec<NamedTool>>,
     /// `{"type": "auto" | "any" | "tool" | "none"}`, with `name` and `disable_parallel_tool_use`.
-    #[schema(example = json!({"type": "auto"}))]
     tool_choice: Option<Choice>,
     /// Whether a model that can think does: `{"type": "enabled" | "disabled"}`.
-    #[schema(example = json!({"type": "disabled"}))]
     thinking: Option<Thinking>,
     /// Whether the answer comes as events.
     #[schema(example = false)]
     stream: Option<bool>,
     /// Accepted, and not looked at.
-    #[schema(value_type = Option<Object>, example = json!({"user_id": "someone"}))]
+    #[schema(value_type = Option<Object>)]
     #[serde(rename = "metadata")]
     _metadata: Option<Map<String, Value>>,
     /// Between balancer and node.

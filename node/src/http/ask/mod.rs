@@ -28,11 +28,11 @@ use super::{
     shape::{Head, Shape},
 };
 use crate::{
-    config::{ReasoningParser, ToolParser},
+    config::{Defaults, ReasoningParser, ToolParser},
     engine::{Generation, Wants},
     guide::Grammar,
     output::ToolFormat,
-    sample::Logprobs,
+    sample::{Logprobs, Sampling},
     served::Loaded,
     stop::StopRule,
     text::{Conversation, Message, fallback},
@@ -46,7 +46,7 @@ pub(super) use responses::ResponsesRequest;
 
 use held::Held;
 use sampling::Knobs;
-use tools::{Tools, Use};
+pub(super) use tools::{Tool, Tools, Use};
 
 /// Who may speak in a conversation.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -140,17 +140,21 @@ struct Prompted {
     thoughts: Option<bool>,
 }
 
+/// Checked fields.
+struct Checked {
+    n: usize,
+    sampling: Sampling,
+    stops: Vec<String>,
+}
+
 impl Ask {
     /// Checks everything, and turns the words into tokens. Takes milliseconds: not for a thread that serves others.
     ///
     /// # Errors
     /// The first thing that is wrong, with its field, its limit, and the config key that moves the limit.
     pub(super) fn validate(mut self, app: &App, loaded: &Loaded, frame: &Frame) -> Result<ValidRequest, ApiError> {
-        let n = check::whole("n", self.knobs.n, 1..=128, 1)? as usize;
+        let Checked { n, sampling, stops } = self.check(&app.config.defaults, frame.seed, loaded.tokenizer.vocab())?;
         self.check_choices(n, app)?;
-        self.knobs.check_exclusive(self.held.as_ref(), self.tools.as_ref())?;
-        let sampling = self.knobs.sampling(&app.config.defaults, frame.seed, loaded.tokenizer.vocab())?;
-        let stops = self.knobs.stops()?;
         let format = tool_format(app, loaded);
         let Prompted { field, prompts, thoughts } = self.prompts(app, loaded, frame)?;
         let had = self.had(prompts.len() * n, loaded)?;
@@ -206,6 +210,14 @@ impl Ask {
             choices.push(self.choice(&plan, generation, had));
         }
         Ok(ValidRequest { stream: self.stream, prompt_tokens, choices, shape: self.shape })
+    }
+
+    /// What can be told without the model's text.
+    fn check(&self, defaults: &Defaults, seed: u64, vocab: usize) -> Result<Checked, ApiError> {
+        let n = check::whole("n", self.knobs.n, 1..=128, 1)? as usize;
+        self.knobs.check_exclusive(self.held.as_ref(), self.tools.as_ref())?;
+        self.knobs.tokens_asked(self.echo)?;
+        Ok(Checked { n, sampling: self.knobs.sampling(defaults, seed, vocab)?, stops: self.knobs.stops()? })
     }
 
     /// A choice after the tokens that the client has had.
@@ -265,18 +277,9 @@ impl Ask {
             }
             Input::Conversation { field, messages, variables } => {
                 let field = *field;
-                prepare(field, messages)?;
-                let listed = self.tools.as_ref().map(Tools::listed).filter(|tools| !tools.is_empty());
+                let messages = std::mem::take(messages);
+                let prompt = render(field, messages, self.tools.as_ref(), variables.as_ref(), frame, loaded)?;
                 let template = &loaded.template;
-                let told = listed.as_ref().filter(|_| !template.knows_tools());
-                let rewritten = told.map(|tools| fallback(messages, tools));
-                let conversation = Conversation {
-                    messages: rewritten.as_deref().unwrap_or(messages),
-                    tools: listed.as_deref().filter(|_| told.is_none()),
-                    variables: variables.as_ref(),
-                    now: frame.created,
-                };
-                let prompt = template.render(&conversation).map_err(|e| ApiError::invalid(field, e.to_string()))?;
                 let thinks = match app.config.reasoning_parser {
                     ReasoningParser::Auto => template.thinks(),
                     ReasoningParser::Think => true,
@@ -325,6 +328,31 @@ impl Prompts {
             Self::TokenLists(lists) => lists.iter().map(|list| check::known(field, list.clone(), loaded)).collect(),
         }
     }
+}
+
+/// A conversation as the model's prompt.
+///
+/// # Errors
+/// When a message is malformed, or the model's template refuses them.
+pub(super) fn render(
+    field: &str,
+    mut messages: Vec<Message>,
+    tools: Option<&Tools>,
+    variables: Option<&Map<String, Value>>,
+    frame: &Frame,
+    loaded: &Loaded,
+) -> Result<String, ApiError> {
+    prepare(field, &mut messages)?;
+    let listed = tools.map(Tools::listed).filter(|tools| !tools.is_empty());
+    let told = listed.as_ref().filter(|_| !loaded.template.knows_tools());
+    let rewritten = told.map(|tools| fallback(&messages, tools));
+    let conversation = Conversation {
+        messages: rewritten.as_deref().unwrap_or(&messages),
+        tools: listed.as_deref().filter(|_| told.is_none()),
+        variables,
+        now: frame.created,
+    };
+    loaded.template.render(&conversation).map_err(|e| ApiError::invalid(field, e.to_string()))
 }
 
 /// The token of a mark that has no bytes of its own, and so does not show in the text.
@@ -385,3 +413,6 @@ fn open_arguments(at: &str, call: &mut Value) -> Result<(), ApiError> {
     function["arguments"] = arguments;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,13 +33,11 @@ macro_rules! openai_request {
             #[schema(minimum = 1, example = 1)]
             n: Option<i64>,
             /// Texts that end the answer and are not part of it: up to 16.
-            #[schema(example = json!(["\n\n"]))]
             stop: Option<super::OneOrMany>,
             /// Whether the answer comes as events.
             #[schema(example = false)]
             stream: Option<bool>,
             /// Details of the stream.
-            #[schema(example = json!({"include_usage": true}))]
             stream_options: Option<super::StreamOptions>,
             /// Taken from the logit of a token that was said.
             #[schema(minimum = -2, maximum = 2, example = 0.5)]
@@ -51,7 +49,7 @@ macro_rules! openai_request {
             #[schema(minimum = 0.01, maximum = 100, example = 1.1)]
             repetition_penalty: Option<f64>,
             /// Token ids to what is added to their logits, from -100 to 100.
-            #[schema(value_type = Option<Object>, example = json!({"42": -1.5}))]
+            #[schema(value_type = Option<Object>)]
             logit_bias: Option<std::collections::BTreeMap<String, f64>>,
             /// Goes on after the model's end tokens.
             #[schema(example = false)]
@@ -61,10 +59,9 @@ macro_rules! openai_request {
             #[serde(rename = "user")]
             _user: Option<String>,
             /// What the answer must be.
-            #[schema(example = json!({"type": "json_object"}))]
             response_format: Option<super::held::ResponseFormat>,
             /// A JSON schema that the answer must fit.
-            #[schema(value_type = Option<Object>, example = json!({"type": "object"}))]
+            #[schema(value_type = Option<Object>)]
             guided_json: Option<serde_json::Value>,
             /// A regular expression that the whole answer must match.
             #[schema(example = "[0-9]{1,3}")]
@@ -76,7 +73,6 @@ macro_rules! openai_request {
             #[schema(example = "start: \"yes\" | \"no\"")]
             guided_grammar: Option<String>,
             /// The `guided_` fields in one object, as newer vLLM writes them.
-            #[schema(example = json!({"regex": "[0-9]{1,3}"}))]
             structured_outputs: Option<super::held::StructuredOutputs>,
             /// Between balancer and node.
             #[schema(ignore)]

@@ -38,7 +38,6 @@ pub(in crate::http) struct QueryRequest {
     #[schema(example = false)]
     stream: Option<bool>,
     /// Details of the stream.
-    #[schema(example = json!({"include_usage": true}))]
     stream_options: Option<super::StreamOptions>,
     /// Between balancer and node.
     #[schema(ignore)]

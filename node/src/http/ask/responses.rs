@@ -19,8 +19,8 @@ use crate::{
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 pub(in crate::http) struct ResponsesRequest {
     /// A text, or the conversation so far as items: messages, calls of functions and their outputs.
-    #[schema(value_type = Object, required, example = "Why is the sky blue?")]
-    input: Option<Value>,
+    #[schema(required)]
+    input: Option<Items>,
     /// A system message that stands before the input.
     #[schema(example = "Answer in one sentence.")]
     instructions: Option<String>,
@@ -43,19 +43,17 @@ pub(in crate::http) struct ResponsesRequest {
     #[schema(example = json!([{"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}]))]
     tools: Option<Vec<FlatTool>>,
     /// `none`, `auto`, `required`, or one function by its name.
-    #[schema(example = "auto")]
     tool_choice: Option<ToolChoice>,
     /// Whether one answer may make several calls.
     #[schema(example = true)]
     parallel_tool_calls: Option<bool>,
     /// What the answer's text must be.
-    #[schema(example = json!({"format": {"type": "text"}}))]
     text: Option<TextForm>,
     /// Whether the answer comes as events.
     #[schema(example = false)]
     stream: Option<bool>,
     /// Given back as it is.
-    #[schema(value_type = Option<Object>, example = json!({"topic": "sky"}))]
+    #[schema(value_type = Option<Object>)]
     metadata: Option<Map<String, Value>>,
     /// Who asks; accepted, and not looked at.
     #[schema(example = "someone")]
@@ -79,6 +77,16 @@ pub(in crate::http) struct ResponsesRequest {
     /// Between balancer and node.
     #[schema(ignore)]
     tidegate_resume: Option<Resume>,
+}
+
+/// `input`
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(untagged, expecting = "input must be a string or a list of items")]
+pub(super) enum Items {
+    /// What the user says.
+    Text(String),
+    /// The conversation so far.
+    Items(Vec<Value>),
 }
 
 /// A tool, as this API writes it.
@@ -226,11 +234,10 @@ fn message(role: &str, content: String) -> Message {
 }
 
 /// The messages that the input's items make.
-fn conversation(input: Value) -> Result<Vec<Message>, ApiError> {
+fn conversation(input: Items) -> Result<Vec<Message>, ApiError> {
     let items = match input {
-        Value::String(text) => return Ok(vec![message("user", text)]),
-        Value::Array(items) => items,
-        _ => return Err(ApiError::invalid("input", "input must be a string or a list of items")),
+        Items::Text(text) => return Ok(vec![message("user", text)]),
+        Items::Items(items) => items,
     };
     let mut messages: Vec<Message> = Vec::with_capacity(items.len());
     for (i, item) in items.into_iter().enumerate() {

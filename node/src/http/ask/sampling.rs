@@ -88,6 +88,13 @@ impl Knobs {
         Ok(stops.clone())
     }
 
+    /// Most tokens as the request says, with the field that says so.
+    pub(super) fn tokens_asked(&self, echo: bool) -> Result<Option<(&'static str, usize)>, ApiError> {
+        let Some((field, asked)) = self.tokens_max else { return Ok(None) };
+        let asked = check::whole(field, Some(asked), i64::from(!echo)..=i64::MAX, 1)?;
+        Ok(Some((field, asked as usize)))
+    }
+
     /// Most tokens after a prompt; none at all only where the prompt itself is the answer.
     pub(super) fn tokens_max(
         &self,
@@ -97,8 +104,9 @@ impl Knobs {
         loaded: &Loaded,
     ) -> Result<usize, ApiError> {
         let room = loaded.context.saturating_sub(prompt_len);
-        let Some((field, asked)) = self.tokens_max else { return Ok(app.config.defaults.tokens_max.min(room.max(1))) };
-        let asked = check::whole(field, Some(asked), i64::from(!echo)..=i64::MAX, 1)? as usize;
+        let Some((field, asked)) = self.tokens_asked(echo)? else {
+            return Ok(app.config.defaults.tokens_max.min(room.max(1)));
+        };
         if asked > room && room > 0 {
             let message = format!(
                 "{field} = {asked} with a prompt of {prompt_len} tokens is more than the context of {} tokens; node.max_context sets it, up to what the model was made for",

@@ -15,7 +15,7 @@ const NAME_BYTES_MAX: usize = 128;
 
 /// One tool, as the OpenAI API writes it.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
-pub(super) struct Tool {
+pub(in crate::http) struct Tool {
     /// `function`
     #[serde(rename = "type")]
     kind: String,
@@ -25,20 +25,20 @@ pub(super) struct Tool {
 
 /// A function that the model may call.
 #[derive(Debug, Clone, Deserialize, utoipa::ToSchema)]
-pub(super) struct Function {
+pub(in crate::http) struct Function {
     /// Letters, digits and `_-.:`.
-    pub(super) name: String,
+    pub(in crate::http) name: String,
     /// What it is for.
-    pub(super) description: Option<String>,
+    pub(in crate::http) description: Option<String>,
     /// JSON schema of its arguments.
     #[schema(value_type = Object)]
-    pub(super) parameters: Option<Value>,
+    pub(in crate::http) parameters: Option<Value>,
 }
 
 /// `tool_choice` of the OpenAI API.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(untagged, expecting = "tool_choice must be none, auto, required, or an object that names a function")]
-pub(super) enum ToolChoice {
+pub(in crate::http) enum ToolChoice {
     /// `none`, `auto` or `required`.
     Word(String),
     /// One tool by its name.
@@ -55,14 +55,14 @@ pub(super) enum ToolChoice {
 
 /// A function by its name.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
-pub(super) struct Named {
+pub(in crate::http) struct Named {
     /// Its name.
-    pub(super) name: String,
+    pub(in crate::http) name: String,
 }
 
 /// What is to be done with tools.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Use {
+pub(in crate::http) enum Use {
     /// Nothing.
     None,
     /// What the model likes.
@@ -75,9 +75,9 @@ pub(super) enum Use {
 
 /// The tools of a request.
 #[derive(Debug)]
-pub(super) struct Tools {
+pub(in crate::http) struct Tools {
     functions: Vec<Function>,
-    pub(super) usage: Use,
+    pub(in crate::http) usage: Use,
     parallel: bool,
 }
 
@@ -86,7 +86,7 @@ impl Tool {
     ///
     /// # Errors
     /// When a tool is none.
-    pub(super) fn functions(tools: Vec<Self>) -> Result<Vec<Function>, ApiError> {
+    pub(in crate::http) fn functions(tools: Vec<Self>) -> Result<Vec<Function>, ApiError> {
         let function = |(i, tool): (usize, Self)| match (tool.kind.as_str(), tool.function) {
             ("function", Some(function)) => Ok(function),
             ("function", None) => Err(ApiError::invalid(format!("tools[{i}].function"), "a tool needs its function")),
@@ -97,7 +97,7 @@ impl Tool {
 }
 
 impl ToolChoice {
-    pub(super) fn usage(self) -> Result<Use, ApiError> {
+    pub(in crate::http) fn usage(self) -> Result<Use, ApiError> {
         match self {
             Self::Word(word) => match word.as_str() {
                 "none" => Ok(Use::None),
@@ -122,7 +122,7 @@ impl Tools {
     ///
     /// # Errors
     /// When a name or a schema cannot be used, or a tool is to be called that is not there.
-    pub(super) fn new(functions: Vec<Function>, usage: Use, parallel: bool) -> Result<Option<Self>, ApiError> {
+    pub(in crate::http) fn new(functions: Vec<Function>, usage: Use, parallel: bool) -> Result<Option<Self>, ApiError> {
         if functions.len() > TOOLS_MAX {
             let message = format!("{} tools are more than the {TOOLS_MAX} allowed", functions.len());
             return Err(ApiError::invalid("tools", message));
@@ -153,17 +153,17 @@ impl Tools {
     }
 
     /// Whether a call must be made.
-    pub(super) fn is_forced(&self) -> bool {
+    pub(in crate::http) fn is_forced(&self) -> bool {
         matches!(self.usage, Use::Required | Use::Named(_))
     }
 
     /// Whether calls may be made.
-    pub(super) fn are_free(&self) -> bool {
+    pub(in crate::http) fn are_free(&self) -> bool {
         self.usage == Use::Auto
     }
 
     /// What the template is told; a model that may not call is told of no tools.
-    pub(super) fn listed(&self) -> Vec<Value> {
+    pub(in crate::http) fn listed(&self) -> Vec<Value> {
         if self.usage == Use::None {
             return Vec::new();
         }
@@ -184,7 +184,7 @@ impl Tools {
     }
 
     /// What the grammar must know.
-    pub(super) fn calls(&self, format: ToolFormat) -> Calls<'_> {
+    pub(in crate::http) fn calls(&self, format: ToolFormat) -> Calls<'_> {
         let asked = |f: &&Function| !matches!(&self.usage, Use::Named(name) if *name != f.name);
         let nothing = || json!({"type": "object", "properties": {}, "additionalProperties": false});
         let schema = |f: &Function| f.parameters.clone().filter(|p| !p.is_null()).unwrap_or_else(nothing);
@@ -193,7 +193,7 @@ impl Tools {
     }
 
     /// What the parser must know.
-    pub(super) fn parser(&self, format: ToolFormat) -> output::Tools {
+    pub(in crate::http) fn parser(&self, format: ToolFormat) -> output::Tools {
         let names = self.functions.iter().map(|f| f.name.clone()).collect();
         // calls that nothing bounds are all given out
         let calls_max = if self.parallel { usize::MAX } else { 1 };

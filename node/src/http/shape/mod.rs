@@ -133,3 +133,6 @@ fn finish_reason(why: Option<&Why>) -> Value {
 fn finite(logprob: f32) -> f32 {
     logprob.max(LOGPROB_MIN)
 }
+
+#[cfg(test)]
+mod tests;
