@@ -154,10 +154,10 @@ pub enum ReasoningParser {
 /// `[node.defaults]`
 #[derive(Debug, Clone)]
 pub struct Defaults {
-    /// `temperature`
-    pub temperature: f32,
-    /// `top_p`
-    pub top_p: f32,
+    /// `temperature`; what the model's makers recommend when not given, else 0.7.
+    pub temperature: Option<f32>,
+    /// `top_p`; what the model's makers recommend when not given, else 0.92.
+    pub top_p: Option<f32>,
     /// `max_tokens`; the context's end comes first where it is nearer.
     pub tokens_max: usize,
 }
@@ -356,8 +356,8 @@ impl<'a, 'b> Sizes<'a, 'b> {
 impl Defaults {
     fn read(r: &Reader<'_>) -> Self {
         Self {
-            temperature: r.in_range("temperature", 0.0..=2.0, 0.7) as f32,
-            top_p: r.in_range("top_p", 0.0..=1.0, 0.92) as f32,
+            temperature: r.get_in_range("temperature", 0.0..=2.0).map(|x: f64| x as f32),
+            top_p: r.get_in_range("top_p", 0.0..=1.0).map(|x: f64| x as f32),
             tokens_max: r.in_range("max_tokens", 1..=16_777_216, 2048),
         }
     }

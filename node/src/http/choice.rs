@@ -96,6 +96,8 @@ pub(super) struct Choice {
     said: Said,
     prompt: Vec<u32>,
     had: Vec<u32>,
+    /// Whether a blank before the next text is the tokenizer's own, and no part of the answer.
+    drops_blank: bool,
     /// Characters so far, the echoed prompt's too.
     chars: usize,
     /// What is told before the next step.
@@ -111,12 +113,13 @@ impl Choice {
             said: Said { scored: plan.scores.then(Vec::new), ..Said::default() },
             prompt: if plan.echo { prompt.to_vec() } else { Vec::new() },
             had: Vec::new(),
+            drops_blank: plan.tokenizer.drops_blank_after(prompt),
             chars: 0,
             front: Vec::new(),
             plan,
         };
         if choice.plan.echo {
-            let bytes = choice.prompt.iter().flat_map(|token| choice.plan.bytes(*token)).copied().collect::<Vec<u8>>();
+            let bytes = choice.plan.tokenizer.text_bytes(&choice.prompt);
             choice.chars = chars(&bytes);
             choice.said.text = String::from_utf8_lossy(&bytes).into_owned();
         }
@@ -127,8 +130,9 @@ impl Choice {
     pub(super) fn take(&mut self, token: u32, logprobs: Option<&Logprobs>, finish: Option<Finish>) -> Step {
         let opens = self.text.tokens() == 0;
         self.said.tokens_reasoning += u32::from(self.parser.is_thinking());
-        let mut fresh = String::new();
-        self.text.push(self.plan.bytes(token), finish, &mut fresh);
+        let (plan, mut fresh) = (Arc::clone(&self.plan), String::new());
+        let bytes = self.without_blank(plan.bytes(token));
+        self.text.push(bytes, finish, &mut fresh);
         let ended = self.text.finish();
         let mut step = Step { choice: self.index, opens, ..self.begin(opens) };
         step.pieces.extend(self.parser.push(&fresh, ended.is_some()));
@@ -137,10 +141,19 @@ impl Choice {
         {
             scored.push(self.plan.scored(token, Some(logprobs), self.chars));
         }
-        self.chars += chars(self.plan.bytes(token));
+        self.chars += chars(bytes);
         step.ended = ended.map(|finish| self.why(finish));
         self.keep(&step);
         step
+    }
+
+    /// A token's bytes; of the first ones of all, what a detokenizer of the whole would give.
+    fn without_blank<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
+        match bytes {
+            [] => bytes,
+            _ if !std::mem::take(&mut self.drops_blank) => bytes,
+            bytes => bytes.strip_prefix(b" ").unwrap_or(bytes),
+        }
     }
 
     /// What stands before the first token.

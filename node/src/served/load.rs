@@ -116,8 +116,9 @@ impl Measured {
         let (engine, thread) = Engine::start(Box::new(model), engine);
         let end_tokens = tokenizer.end_tokens().into();
         let guides = Guides::new(tokenizer.clone());
-        let (name, context) = (config.name, capacity.context);
-        Ok((Loaded { name, engine, tokenizer, guides, template, context, width, device, end_tokens }, thread))
+        let (name, context, sampling) = (config.name, capacity.context, checkpoint.recommended());
+        let loaded = Loaded { name, engine, tokenizer, guides, template, context, width, device, end_tokens, sampling };
+        Ok((loaded, thread))
     }
 }
 

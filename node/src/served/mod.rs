@@ -28,6 +28,7 @@ use crate::{
     guide::Guides,
     machine::Memory,
     text,
+    weights::Recommended,
 };
 use load::Measured;
 use table::{Asked, Room, State, Table};
@@ -63,6 +64,8 @@ pub struct Loaded {
     pub device: String,
     /// Tokens that end an answer.
     pub end_tokens: Arc<[u32]>,
+    /// What the model's makers recommend to sample with.
+    pub sampling: Recommended,
 }
 
 /// The models of one node; clones are handles of the same.

@@ -69,7 +69,7 @@ pub struct Sizes {
 
 /// What a model's makers recommend to sample with, as far as they do.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Sampling {
+pub struct Recommended {
     /// `temperature`
     pub temperature: Option<f32>,
     /// `top_p`
@@ -163,15 +163,15 @@ impl Checkpoint {
     }
 
     /// What the model's makers recommend to sample with.
-    pub fn sampling(&self) -> Sampling {
+    pub fn recommended(&self) -> Recommended {
         let real = |key: &str| self.real(&format!("general.sampling.{key}")).filter(|x| x.is_finite() && *x >= 0.0);
         let top_k = self.number("general.sampling.top_k").or(real("top_k").map(|k| k as usize));
-        Sampling {
-            temperature: real("temp"),
+        Recommended {
+            temperature: real("temp").filter(|t| *t <= 2.0),
             top_p: real("top_p").filter(|p| *p <= 1.0),
             top_k,
             min_p: real("min_p").filter(|p| *p <= 1.0),
-            repetition_penalty: real("penalty_repeat").filter(|x| *x > 0.0),
+            repetition_penalty: real("penalty_repeat").filter(|x| (0.01..=100.0).contains(x)),
         }
     }
 

@@ -153,7 +153,8 @@ impl Ask {
     /// # Errors
     /// The first thing that is wrong, with its field, its limit, and the config key that moves the limit.
     pub(super) fn validate(mut self, app: &App, loaded: &Loaded, frame: &Frame) -> Result<ValidRequest, ApiError> {
-        let Checked { n, sampling, stops } = self.check(&app.config.defaults, frame.seed, loaded.tokenizer.vocab())?;
+        let vocab = loaded.tokenizer.vocab();
+        let Checked { n, sampling, stops } = self.check(&app.config.defaults, &loaded.sampling, frame.seed, vocab)?;
         self.check_choices(n, app)?;
         let format = tool_format(app, loaded);
         let Prompted { field, prompts, thoughts } = self.prompts(app, loaded, frame)?;
@@ -213,11 +214,21 @@ impl Ask {
     }
 
     /// What can be told without the model's text.
-    fn check(&self, defaults: &Defaults, seed: u64, vocab: usize) -> Result<Checked, ApiError> {
+    fn check(
+        &self,
+        defaults: &Defaults,
+        recommended: &crate::weights::Recommended,
+        seed: u64,
+        vocab: usize,
+    ) -> Result<Checked, ApiError> {
         let n = check::whole("n", self.knobs.n, 1..=128, 1)? as usize;
         self.knobs.check_exclusive(self.held.as_ref(), self.tools.as_ref())?;
         self.knobs.tokens_asked(self.echo)?;
-        Ok(Checked { n, sampling: self.knobs.sampling(defaults, seed, vocab)?, stops: self.knobs.stops()? })
+        Ok(Checked {
+            n,
+            sampling: self.knobs.sampling(defaults, recommended, seed, vocab)?,
+            stops: self.knobs.stops()?,
+        })
     }
 
     /// A choice after the tokens that the client has had.

@@ -9,6 +9,7 @@ use crate::{
     config::Defaults,
     sample::{Penalties, Sampling},
     served::Loaded,
+    weights::Recommended,
 };
 
 /// Most stop strings of a request.
@@ -40,19 +41,37 @@ pub(super) struct Knobs {
     pub(super) tokens_max: Option<(&'static str, i64)>,
 }
 
+/// What answers are sampled with where nobody says.
+const TEMPERATURE: f32 = 0.7;
+const TOP_P: f32 = 0.92;
+
+const TOP_K_MAX: i64 = 1_000_000;
+
 impl Knobs {
-    pub(super) fn sampling(&self, defaults: &Defaults, seed: u64, vocab: usize) -> Result<Sampling, ApiError> {
+    /// What the request says; else what the node's configuration says, else what the model's makers recommend.
+    pub(super) fn sampling(
+        &self,
+        defaults: &Defaults,
+        recommended: &Recommended,
+        seed: u64,
+        vocab: usize,
+    ) -> Result<Sampling, ApiError> {
+        let temperature = defaults.temperature.or(recommended.temperature).unwrap_or(TEMPERATURE);
+        let top_p = defaults.top_p.or(recommended.top_p).unwrap_or(TOP_P);
+        let top_k = recommended.top_k.map_or(0, |k| k.min(TOP_K_MAX as usize) as i64);
         Ok(Sampling {
-            temperature: check::real("temperature", self.temperature, 0.0..=2.0)?.unwrap_or(defaults.temperature),
-            top_p: check::real("top_p", self.top_p, 0.0..=1.0)?.unwrap_or(defaults.top_p),
+            temperature: check::real("temperature", self.temperature, 0.0..=2.0)?.unwrap_or(temperature),
+            top_p: check::real("top_p", self.top_p, 0.0..=1.0)?.unwrap_or(top_p),
             // -1 means all, as in vLLM
-            top_k: check::whole("top_k", self.top_k, -1..=1_000_000, 0)?.max(0) as usize,
-            min_p: check::real("min_p", self.min_p, 0.0..=1.0)?.unwrap_or(0.0),
+            top_k: check::whole("top_k", self.top_k, -1..=TOP_K_MAX, top_k)?.max(0) as usize,
+            min_p: check::real("min_p", self.min_p, 0.0..=1.0)?.or(recommended.min_p).unwrap_or(0.0),
             seed: self.seed.map_or(seed, i64::cast_unsigned),
             penalties: Penalties {
                 presence: check::real("presence_penalty", self.presence_penalty, -2.0..=2.0)?.unwrap_or(0.0),
                 frequency: check::real("frequency_penalty", self.frequency_penalty, -2.0..=2.0)?.unwrap_or(0.0),
-                repetition: check::real("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?.unwrap_or(1.0),
+                repetition: check::real("repetition_penalty", self.repetition_penalty, 0.01..=100.0)?
+                    .or(recommended.repetition_penalty)
+                    .unwrap_or(1.0),
             },
             bias: self.bias(vocab)?.into(),
         })
@@ -141,5 +160,26 @@ impl Knobs {
             return Err(ApiError::invalid("ignore_eos", message));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_request_comes_before_the_configuration_and_that_before_the_model() {
+        let defaults = |temperature| Defaults { temperature, top_p: None, tokens_max: 1 };
+        let recommended =
+            Recommended { temperature: Some(0.6), top_p: Some(0.5), top_k: Some(20), ..Recommended::default() };
+        let sampled = |knobs: &Knobs, configured, recommended: &Recommended| {
+            let s = knobs.sampling(&defaults(configured), recommended, 1, 10).unwrap();
+            (s.temperature, s.top_p, s.top_k)
+        };
+        let asked = Knobs { temperature: Some(0.1), top_k: Some(-1), ..Knobs::default() };
+        assert_eq!(sampled(&asked, Some(0.3), &recommended), (0.1, 0.5, 0));
+        assert_eq!(sampled(&Knobs::default(), Some(0.3), &recommended), (0.3, 0.5, 20));
+        assert_eq!(sampled(&Knobs::default(), None, &recommended), (0.6, 0.5, 20));
+        assert_eq!(sampled(&Knobs::default(), None, &Recommended::default()), (TEMPERATURE, TOP_P, 0));
     }
 }

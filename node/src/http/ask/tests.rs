@@ -10,8 +10,8 @@ use crate::http::{openapi, shape::Head};
 fn accept<B: Body>(body: &Value) -> Result<(), ApiError> {
     let head = Head { request: "r".into(), created: 0, model: "m".into(), fingerprint: "f".into() };
     let ask = check::parse::<B>(body.to_string().as_bytes())?.ask(head)?;
-    let defaults = crate::config::Defaults { temperature: 0.7, top_p: 0.9, tokens_max: 16 };
-    ask.check(&defaults, 0, 49_152).map(drop)
+    let defaults = crate::config::Defaults { temperature: None, top_p: None, tokens_max: 16 };
+    ask.check(&defaults, &crate::weights::Recommended::default(), 0, 49_152).map(drop)
 }
 
 /// Reads a body that needs a model to be checked further.

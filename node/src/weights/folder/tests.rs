@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use candle_core::quantized::GgmlDType;
+use candle_core::quantized::{GgmlDType, gguf_file::Value};
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView, serialize};
 use serde_json::{Value as Json, json};
@@ -12,7 +12,7 @@ use crate::{
     batch::Batch,
     kernels::cpu::Cpu,
     model::{self, Capacity, tiny},
-    weights::{Checkpoint, LoadError, Quantize},
+    weights::{Checkpoint, LoadError, Quantize, Recommended, whole_number},
 };
 
 const HEADS: [(&str, usize); 2] = [("q", 4), ("k", 2)];
@@ -184,6 +184,42 @@ fn one_safetensors_file_is_not_a_model() {
     let dir = folder(&tensors(&gguf), Dtype::BF16);
     let text = message(Checkpoint::open(&dir.path().join("model-00001-of-00002.safetensors")));
     assert!(text.contains("the folder that it lies in"), "{text}");
+}
+
+/// Ids by their text, end tokens of all files, templates by name, and what the makers recommend.
+#[test]
+fn the_tokenizer_s_files_take_gguf_s_keys() {
+    let dir = folder(&tensors(&tiny::llama(7, GgmlDType::F32)), Dtype::F32);
+    let write = |name: &str, json: &Json| fs::write(dir.path().join(name), json.to_string()).unwrap();
+    let end_ids = |checkpoint: &Checkpoint| match checkpoint.value("tokenizer.ggml.eos_token_ids") {
+        Some(Value::Array(ids)) => ids.iter().filter_map(whole_number).collect::<Vec<_>>(),
+        _ => Vec::new(),
+    };
+    let bare = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!((end_ids(&bare), bare.recommended()), (vec![5, 6], Recommended::default()));
+    let templates = json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
+    let token = json!({"content": "<end>"});
+    write(
+        "tokenizer_config.json",
+        &json!({"bos_token": null, "eos_token": token, "add_bos_token": false, "chat_template": templates}),
+    );
+    write(
+        "generation_config.json",
+        &json!({"eos_token_id": 9, "do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 7.0}),
+    );
+    let found = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(end_ids(&found), [5, 9]);
+    assert_eq!(
+        (found.number("tokenizer.ggml.bos_token_id"), found.number("tokenizer.ggml.eos_token_id")),
+        (None, Some(5))
+    );
+    assert_eq!(found.flag("tokenizer.ggml.add_bos_token"), Some(false));
+    let template = |key: &str| found.text(&format!("tokenizer.chat_template{key}")).map(str::to_owned);
+    assert_eq!((template(""), template(".tool_use")), (Some("d".into()), Some("t".into())));
+    let expected = Recommended { temperature: Some(0.6), top_k: Some(20), ..Recommended::default() };
+    assert_eq!(found.recommended(), expected);
+    fs::write(dir.path().join("chat_template.jinja"), "j").unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().text("tokenizer.chat_template"), Some("j"));
 }
 
 /// Each expert has a file's tensor of its own; GGUF stacks them.
