@@ -117,6 +117,17 @@ impl Client {
         Wire::read(&text).unwrap_or_else(|| panic!("{body}\nends early:\n{text}"))
     }
 
+    /// POST under a request id; the answer as it comes. `note` hears how many bytes there are so far.
+    pub(crate) async fn raw(&self, url: &str, id: &str, body: &Value, mut note: impl FnMut(usize)) -> String {
+        let response = self.0.post(url).header("x-request-id", id).json(body).send().await.unwrap();
+        let (mut chunks, mut all) = (response.bytes_stream(), Vec::new());
+        while let Some(chunk) = chunks.next().await {
+            all.extend_from_slice(&chunk.unwrap());
+            note(all.len());
+        }
+        String::from_utf8(all).unwrap()
+    }
+
     /// POST whose answer is a stream of events, read to its end; `event` is called at each event's data.
     pub(crate) async fn stream(&self, url: &str, body: &Value, mut event: impl FnMut(&Value)) -> Streamed {
         let mut streamed = Streamed::default();
