@@ -18,7 +18,10 @@ const COMPLETION: &str = "/v1/completions";
 const OTHERS: usize = 20;
 
 /// About 23 KB a token: room for the longest request alone, and for three of the twelve.
-const TIGHT: &str = "threads = 2\nmax_context = 512\nkv_cache_memory = \"16MiB\"";
+const TIGHT: &str = "threads = 2\nmax_context = 400\nkv_cache_memory = \"12MiB\"";
+
+/// Most rounds until one preempts.
+const ROUNDS_MAX: usize = 4;
 
 const SMALL_STEPS: &str = "threads = 1\nmax_batch_size = 32\nmax_batch_tokens = 37";
 
@@ -143,8 +146,15 @@ async fn answers_do_not_depend_on_how_they_are_computed() {
         compare("in small steps of one thread", &expected, &among_others(&client, &base, &requests).await);
     }
     let (_node, base, _folder) = lone_node(NodePlan { lines: TIGHT, ..NodePlan::named("tight") }).await;
-    compare("with little KV memory", &expected, &together(&client, &base, &requests).await);
-    let preemptions = client.metric(&base, "vllm:num_preemptions_total").await;
+    // who comes first is chance, so a round may pass without
+    let mut preemptions = 0.0;
+    for _ in 0..ROUNDS_MAX {
+        compare("with little KV memory", &expected, &among_others(&client, &base, &requests).await);
+        preemptions = client.metric(&base, "vllm:num_preemptions_total").await;
+        if preemptions > 0.0 {
+            break;
+        }
+    }
     assert!(preemptions > 0.0, "no sequence was preempted");
     println!("{preemptions} preemptions");
 }
