@@ -17,11 +17,8 @@ const COMPLETION: &str = "/v1/completions";
 /// With the twelve, a whole batch.
 const OTHERS: usize = 20;
 
-/// About 23 KB a token: room for the longest request alone, and for three of the twelve.
+/// About 23 KB a token: 34 blocks, room for the longest request and little more.
 const TIGHT: &str = "threads = 2\nmax_context = 400\nkv_cache_memory = \"12MiB\"";
-
-/// Most rounds until one preempts.
-const ROUNDS_MAX: usize = 4;
 
 const SMALL_STEPS: &str = "threads = 1\nmax_batch_size = 32\nmax_batch_tokens = 37";
 
@@ -120,6 +117,15 @@ async fn among_others(client: &Client, base: &str, requests: &[(&'static str, Va
     join(together(client, base, requests), join_all((0..OTHERS).map(other))).await.0
 }
 
+/// Beside three answers that outgrow the pool together, so that someone must be preempted, whoever comes first.
+async fn beside_growing(client: &Client, base: &str, requests: &[(&'static str, Value)]) -> Vec<Said> {
+    let growing = |i: usize| {
+        let body = json!({"prompt": format!("Volume {i}"), "max_tokens": 300, "temperature": 0, "ignore_eos": true});
+        async move { ask(client, base, &(COMPLETION, body)).await }
+    };
+    join(join_all((0..3).map(growing)), together(client, base, requests)).await.1
+}
+
 fn compare(how: &str, expected: &[Said], found: &[Said]) {
     for (i, (expected, found)) in expected.iter().zip(found).enumerate() {
         assert_eq!(expected, found, "request {i} changed {how}");
@@ -146,15 +152,8 @@ async fn answers_do_not_depend_on_how_they_are_computed() {
         compare("in small steps of one thread", &expected, &among_others(&client, &base, &requests).await);
     }
     let (_node, base, _folder) = lone_node(NodePlan { lines: TIGHT, ..NodePlan::named("tight") }).await;
-    // who comes first is chance, so a round may pass without
-    let mut preemptions = 0.0;
-    for _ in 0..ROUNDS_MAX {
-        compare("with little KV memory", &expected, &among_others(&client, &base, &requests).await);
-        preemptions = client.metric(&base, "vllm:num_preemptions_total").await;
-        if preemptions > 0.0 {
-            break;
-        }
-    }
+    compare("with little KV memory", &expected, &beside_growing(&client, &base, &requests).await);
+    let preemptions = client.metric(&base, "vllm:num_preemptions_total").await;
     assert!(preemptions > 0.0, "no sequence was preempted");
     println!("{preemptions} preemptions");
 }
