@@ -50,7 +50,8 @@ pub struct Guides {
     factory: OnceLock<Result<ParserFactory, String>>,
 }
 
-/// One answer's place in its grammar.
+/// One answer's place in its grammar. A clone goes its own way.
+#[derive(Clone)]
 pub struct Guide {
     matcher: Matcher,
 }

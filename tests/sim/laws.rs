@@ -8,12 +8,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidegate_node::{
     kv::{BLOCK_TOKENS, Counts},
-    sched::{Cause, Class, Limits, Owner, Plan, Scheduler, SeqId, States, Terms},
+    sched::{Cause, Class, Limits, Owner, Piece, Plan, Scheduler, SeqId, States, Terms},
 };
 
 const WORLDS: u64 = 3000;
 
-/// Rows in a step of a sequence that asks for all logits.
+/// Rows in a step of all sequences that ask for all logits.
 const LOGIT_ROWS_MAX: usize = 32;
 
 #[test]
@@ -231,11 +231,16 @@ impl World {
         assert!(!plan.pieces.is_empty() || self.open.is_empty(), "there is work, and none of it is planned");
         let lens: HashMap<SeqId, usize> = plan.pieces.iter().map(|piece| (piece.seq, piece.len)).collect();
         assert_eq!(lens.len(), plan.pieces.len(), "a sequence has one piece");
+        let asked = |piece: &&Piece| {
+            self.scheduler.sequence(piece.seq).is_some_and(|s| s.terms().all_logits && s.pending() > 1)
+        };
+        let logit_rows: usize = plan.pieces.iter().filter(asked).map(|piece| piece.len).sum();
+        assert!(logit_rows <= LOGIT_ROWS_MAX, "{logit_rows} rows of logits in a step");
         for (id, open) in &mut self.open {
             let Some(sequence) = self.scheduler.sequence(*id) else { continue };
-            let most = if sequence.terms().all_logits { LOGIT_ROWS_MAX } else { usize::MAX };
-            let (len, could) = (lens.get(id).copied().unwrap_or(0), sequence.pending().min(most));
-            assert!(len == could || (left == 0 && could > 1), "{len} of {could} tokens, and {left} left in the step");
+            let (len, could) = (lens.get(id).copied().unwrap_or(0), sequence.pending());
+            let is_bounded = left == 0 || (sequence.terms().all_logits && logit_rows == LOGIT_ROWS_MAX);
+            assert!(len == could || (is_bounded && could > 1), "{len} of {could} tokens, and {left} left in the step");
             assert!(len <= could);
             open.has_run = true;
         }
@@ -244,7 +249,7 @@ impl World {
         }
     }
 
-    fn check_piece(&mut self, piece: &tidegate_node::sched::Piece) {
+    fn check_piece(&mut self, piece: &Piece) {
         let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
         let open = self.open.get_mut(&piece.seq).expect("a planned sequence is open");
         let uncached = sequence.terms().all_logits || sequence.terms().states == States::All;

@@ -31,6 +31,8 @@ pub(crate) struct Target {
     /// `host:port`, for the `Host` header.
     pub(crate) authority: String,
     pub(crate) peer: HttpPeer,
+    /// Whether the model is not in its memory, so that the first word may take as long as loading it.
+    pub(crate) must_load: bool,
 }
 
 /// The nodes of one model.

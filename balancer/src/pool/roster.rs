@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use pingora::upstreams::peer::HttpPeer;
 use tidegate_common::{
-    contract::{Health, NodeRecord, RECORD_VERSION, Status},
+    contract::{Health, ModelState, NodeRecord, RECORD_VERSION, Status},
     ids::NodeId,
     registry::{Link, View},
 };
@@ -183,12 +183,14 @@ impl Roster {
     pub(crate) fn snapshot(&mut self) -> Snapshot {
         let mut pools: BTreeMap<String, (Pool, Shares)> = BTreeMap::new();
         for member in self.members.values() {
-            let target = member.target().map(Arc::new);
-            for (model, takes_requests) in member.models() {
+            let target = member.target(false).map(Arc::new);
+            for (model, state) in member.models() {
                 let (pool, key) = pools.entry(model.to_owned()).or_default();
                 pool.members += 1;
-                if let Some(target) = target.as_ref().filter(|_| takes_requests) {
-                    pool.ready.push(Arc::clone(target));
+                if let Some(target) = target.as_ref().filter(|_| state.takes_requests()) {
+                    let must_load = state != ModelState::Ready;
+                    let loading = member.target(must_load).filter(|_| must_load).map(Arc::new);
+                    pool.ready.push(loading.unwrap_or_else(|| Arc::clone(target)));
                     key.push((member.record.id.clone(), member.record.weight));
                 }
             }
@@ -234,26 +236,27 @@ impl Roster {
 }
 
 impl Member {
-    /// The models that it serves, and whether each takes requests now. What the node says of itself is newer than its record, and a
+    /// The models that it serves, and where each stands. What the node says of itself is newer than its record, and a
     /// node of an earlier release says nothing of models.
-    fn models(&self) -> Vec<(&str, bool)> {
+    fn models(&self) -> Vec<(&str, ModelState)> {
         match self.health.as_deref().and_then(|health| health.models.as_ref()) {
-            Some(models) => models.iter().map(|m| (m.name.as_str(), m.state.takes_requests())).collect(),
-            None => self.record.models().iter().map(|model| (model.as_str(), true)).collect(),
+            Some(models) => models.iter().map(|m| (m.name.as_str(), m.state)).collect(),
+            None => self.record.models().iter().map(|model| (model.as_str(), ModelState::Ready)).collect(),
         }
     }
 
     fn is_ready_for(&self, model: &str) -> bool {
-        self.state.is_ready() && self.models().contains(&(model, true))
+        self.state.is_ready() && self.models().iter().any(|(name, state)| *name == model && state.takes_requests())
     }
 
-    fn target(&self) -> Option<Target> {
+    fn target(&self, must_load: bool) -> Option<Target> {
         let peer = self.peer.as_deref().filter(|_| self.state.is_ready())?;
         Some(Target {
             id: self.record.id.clone(),
             incarnation: self.incarnation,
             authority: self.record.address.clone(),
             peer: peer.clone(),
+            must_load,
         })
     }
 

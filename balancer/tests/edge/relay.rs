@@ -35,7 +35,7 @@ async fn a_stream_passes_without_its_ids() {
     assert_eq!(seen.json(), chat(true));
     assert_eq!(seen.header("x-tidegate-stream"), Some("1"));
     assert_eq!(seen.header("x-request-id"), Some("mine-1"));
-    assert_eq!(seen.header("x-tidegate-tenant"), None);
+    assert_eq!(seen.header("x-tidegate-tenant"), Some("127.0.0.1"), "without keys, who pays is an address");
     assert!(seen.header("x-tidegate-seed").unwrap().parse::<u64>().is_ok());
     assert!(seen.header("x-tidegate-created").unwrap().parse::<u64>().unwrap() > 1_700_000_000);
     assert!(seen.header("x-tidegate-deadline-ms").unwrap().parse::<u64>().unwrap() <= 300_000);
@@ -138,6 +138,27 @@ async fn a_node_that_falls_silent_is_left() {
     let (_, text) = house.ask(&chat(true)).await;
     assert_eq!(texts(&text), ("ab".into(), true));
     assert_eq!(house.closed().await, "n0");
+}
+
+#[tokio::test]
+async fn a_node_that_must_load_the_model_first_gets_its_time() {
+    let mut house = House::with(2, "[balancer.relay]\nstall_timeout = \"200ms\"").await;
+    for node in &house.nodes {
+        node.say("cold");
+        node.script(vec![
+            Act::Pause(Duration::from_millis(600)),
+            Act::Head,
+            tokens(0, &[1], "a"),
+            end("[DONE]"),
+            Act::Finish,
+        ]);
+    }
+    // the edge learns of it with the next probes
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (_, text) = house.ask(&chat(true)).await;
+    assert_eq!(texts(&text), ("a".into(), true));
+    house.asked().await;
+    assert!(house.news.try_recv().is_err(), "the other node was not made to load as well");
 }
 
 #[tokio::test]

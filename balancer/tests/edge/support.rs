@@ -43,6 +43,8 @@ pub(crate) enum Act {
     Kill,
     /// Waits until the edge closes the connection, and tells.
     AwaitClose,
+    /// Says nothing for so long.
+    Pause(Duration),
     /// Answers whole: status, more header lines, body.
     Whole(u16, &'static str, &'static str),
 }
@@ -219,11 +221,17 @@ async fn read_request<S: AsyncRead + Unpin>(stream: &mut BufReader<S>, node: &st
 }
 
 async fn answer_health<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut BufReader<S>, behaviour: &Behaviour) {
-    let status = *behaviour.health.lock().unwrap();
-    let body = json!({"status": status, "uptime": 1, "node": behaviour.id, "model": MODEL, "version": "1", "color": "blue",
+    let word = *behaviour.health.lock().unwrap();
+    // "cold" is healthy, with the model not in memory
+    let status = if word == "cold" { "healthy" } else { word };
+    let mut body = json!({"status": status, "uptime": 1, "node": behaviour.id, "model": MODEL, "version": "1", "color": "blue",
         "site": "local", "build": "t", "device": "fake", "context": 100, "running": 2, "waiting": 1, "kv_blocks_free": 3,
-        "kv_blocks_total": 4, "step": 5})
-    .to_string();
+        "kv_blocks_total": 4, "step": 5});
+    if word == "cold" {
+        let model = json!({"name": MODEL, "state": "unloaded", "running": 0, "waiting": 0, "kv_blocks_free": 0, "kv_blocks_total": 0});
+        body["models"] = json!([model]);
+    }
+    let body = body.to_string();
     let code = if status == "healthy" { 200 } else { 503 };
     let head = format!("HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
     let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
@@ -249,6 +257,10 @@ async fn perform<S: AsyncRead + AsyncWrite + Unpin>(
             }
             Act::Finish => stream.write_all(b"0\r\n\r\n").await,
             Act::Kill => return false,
+            Act::Pause(time) => {
+                tokio::time::sleep(time).await;
+                Ok(())
+            }
             Act::AwaitClose => {
                 let mut byte = [0];
                 let _ = stream.read(&mut byte).await;

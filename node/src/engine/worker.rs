@@ -76,21 +76,22 @@ impl Running {
             return None;
         }
         let draw = Draw { choice: self.choice, position: self.generated as u32 };
-        let (token, is_stuck) = match self.moves_logits() {
-            false => (sample::sample(logits, &self.sampling, draw, candidates), false),
-            true => {
-                moved.clear();
-                moved.extend_from_slice(logits);
-                sample::adjust(moved, &self.sampling, self.said.as_ref());
-                let masked = self.guide.as_mut().map_or(Ok(()), |guide| guide.mask(moved));
-                if let Err(error) = &masked {
-                    warn!(%error, "a grammar cannot go on; its answer ends here");
-                }
-                (sample::sample(moved, &self.sampling, draw, candidates), masked.is_err())
+        let mut stuck = None;
+        let token = if self.moves_logits() {
+            moved.clear();
+            moved.extend_from_slice(logits);
+            sample::adjust(moved, &self.sampling, self.said.as_ref());
+            if let Some(Err(error)) = self.guide.as_mut().map(|guide| guide.mask(moved)) {
+                warn!(%error, "a grammar cannot go on; its answer ends here");
+                stuck = Some(Finish::Length);
             }
+            // an answer that cannot go on gets no word that its grammar did not allow
+            let end = stuck.and_then(|_| self.stop.end_tokens.first().copied());
+            end.unwrap_or_else(|| sample::sample(moved, &self.sampling, draw, candidates))
+        } else {
+            sample::sample(logits, &self.sampling, draw, candidates)
         };
         self.generated += 1;
-        let stuck = is_stuck.then_some(Finish::Length);
         if let Some(said) = &mut self.said {
             said.push(token);
         }

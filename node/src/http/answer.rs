@@ -340,8 +340,11 @@ impl Answer {
         if let Some(record) = &mut self.record {
             record.token(choice);
         }
-        if step.ended.is_some() {
+        if let Some(why) = &step.ended {
             self.tokens.remove(&choice);
+            if let Some(record) = &mut self.record {
+                record.choice_ended(why.finish());
+            }
         }
         step
     }

@@ -54,6 +54,16 @@ pub(super) enum Why {
     ToolCalls,
 }
 
+impl Why {
+    /// The same in the two words that metrics tell apart.
+    pub(super) fn finish(&self) -> Finish {
+        match self {
+            Self::Stop | Self::StopString(_) | Self::ToolCalls => Finish::Stop,
+            Self::Length => Finish::Length,
+        }
+    }
+}
+
 /// A token and how likely it was.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Scored {

@@ -26,6 +26,9 @@ pub use sequence::{Sequence, States, Terms};
 pub use share::{Class, Owner};
 use share::{ShareId, Shares};
 
+/// Most rows of a step whose logits are asked for beside the newest tokens': they take `V` numbers each.
+const LOGIT_ROWS_MAX: usize = 32;
+
 /// One sequence within the engine. Ids grow with time: the smaller is the older.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(pub u64);
@@ -249,15 +252,20 @@ impl Scheduler {
 
     fn catch_up(&mut self, plan: &mut Plan) {
         let mut budget = self.limits.batch_tokens_max - plan.tokens();
+        let mut logit_rows = LOGIT_ROWS_MAX;
         let first = |share| self.turn(share, None);
         let mut turns: BinaryHeap<Turn> = self.shares.with_running().filter_map(first).collect();
         while budget > 0
             && let Some(Reverse((_, id, share))) = turns.pop()
         {
             let sequence = self.known(id);
-            let len = sequence.pending().min(budget).min(sequence.piece_max());
-            budget -= len;
-            self.schedule(id, len, plan);
+            let all_logits = sequence.terms().all_logits;
+            let len = sequence.pending().min(budget).min(if all_logits { logit_rows } else { usize::MAX });
+            if len > 0 {
+                budget -= len;
+                logit_rows -= if all_logits { len } else { 0 };
+                self.schedule(id, len, plan);
+            }
             turns.extend(self.turn(share, Some(id)));
         }
     }

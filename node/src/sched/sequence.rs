@@ -24,9 +24,6 @@ pub enum States {
     All,
 }
 
-/// Most rows of a sequence that asks for all logits in one step: they take `V` numbers each.
-const LOGIT_ROWS_MAX: usize = 32;
-
 /// A sequence's tokens, and how far their keys and values are computed.
 #[derive(Debug)]
 pub struct Sequence {
@@ -67,11 +64,6 @@ impl Sequence {
     /// Tokens still to be computed.
     pub fn pending(&self) -> usize {
         self.tokens.len() - self.computed
-    }
-
-    /// Most of its tokens in one step.
-    pub(super) fn piece_max(&self) -> usize {
-        if self.terms.all_logits { LOGIT_ROWS_MAX } else { usize::MAX }
     }
 
     /// What is found in the cache is not computed, so nothing can be read off it.

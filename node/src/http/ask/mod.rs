@@ -168,7 +168,7 @@ impl Ask {
             }
             _ => held.and_then(|h| grammar::compose(Some(&h.grammar), None, thoughts, &token_of)),
         };
-        let composed = composed.map(|g| (held.map_or("tools", |h| h.field), g));
+        let guide = composed.map(|grammar| compile(held.map_or("tools", |h| h.field), &grammar, loaded)).transpose()?;
         let looks_for = tools.map(|tools| tools.parser(format));
         let marks = looks_for.iter().flat_map(|t| t.format.open().into_iter().chain(t.format.close()));
         let marks = marks.chain(thoughts.iter().flat_map(|_| ["<think>", "</think>"]));
@@ -194,17 +194,13 @@ impl Ask {
             let tokens_max = self.knobs.tokens_max(prompt.len(), self.echo, app, loaded)?;
             let stop = StopRule { end_tokens: end_tokens.clone(), tokens_max };
             check::fits(field, prompt, tokens_max.min(1), loaded)?;
-            let guide = match &composed {
-                Some((field, grammar)) => Some(compile(field, grammar, loaded)?),
-                None => None,
-            };
             let generation = Generation {
                 tokens: prompt.clone(),
                 prompt_len: prompt.len(),
                 choice: i as u32,
                 sampling: sampling.clone(),
                 stop,
-                guide,
+                guide: guide.clone(),
                 logprobs: self.logprobs,
                 wants: Wants::default(),
             };
