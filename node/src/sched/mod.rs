@@ -2,7 +2,7 @@
 //!
 //! There is no prefill phase and no decode phase, only sequences with tokens to catch up on under a token budget. A step is planned in
 //! three passes:
-//! 1. **Admit.** A free place goes to the share ([`share`]) with fewest places for its weight. When the batch or the pool is full, such
+//! 1. **Admit.** A free place goes to the share (`share`) with fewest places for its weight. When the batch or the pool is full, such
 //!    a share takes a place from the one with most: its youngest sequence is put back, and what it had computed stays in the prefix
 //!    cache. What is let in has blocks for all its present tokens.
 //! 2. **Decode.** Every running sequence that lacks one token gets it. When blocks run out, somebody is put back.

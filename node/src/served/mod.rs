@@ -1,7 +1,7 @@
 //! The models that this node serves: which stand in memory, which come in with the first request for them, which go to make room.
 //!
-//! The [`table`] decides; this shell loads on threads that serve nobody, waits, and frees. Each model has an engine thread, a KV pool
-//! and kernel threads of its own; their steps take [`turns`]. Whoever works on a request holds the [`Loaded`] it began with to its
+//! The `table` decides; this shell loads on threads that serve nobody, waits, and frees. Each model has an engine thread, a KV pool
+//! and kernel threads of its own; their steps take `turns`. Whoever works on a request holds the [`Loaded`] it began with to its
 //! last byte, so nothing that happens to the table ends a running answer; a model's memory is free when its engine thread has ended,
 //! and only then counts as free.
 
