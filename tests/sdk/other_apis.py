@@ -1,4 +1,6 @@
-"""Responses by the OpenAI client."""
+"""Responses and embeddings by the OpenAI client."""
+
+import math
 
 import openai
 from common import ARGS, client, raises
@@ -44,10 +46,28 @@ def a_bad_response_request_is_400():
     assert error.param == "temperature", error.param
 
 
+def embeddings_have_one_direction_for_one_text():
+    # the client asks for base64 unless told otherwise, and decodes it
+    packed = client().embeddings.create(model=ARGS.model, input=["a cat", "a cat", "tax law"])
+    plain = client().embeddings.create(model=ARGS.model, input="a cat", encoding_format="float")
+    first, second, other = [item.embedding for item in packed.data]
+    assert abs(math.hypot(*first) - 1) < 1e-3, math.hypot(*first)
+    assert first == second != other, "one text, one vector"
+    assert max(abs(a - b) for a, b in zip(first, plain.data[0].embedding)) < 1e-6
+    assert packed.usage.prompt_tokens > 0, packed.usage
+
+
+def an_embedding_of_nothing_is_400():
+    error = raises(openai.BadRequestError, 400, lambda: client().embeddings.create(model=ARGS.model, input=[]))
+    assert error.param == "input", error.param
+
+
 CHECKS = [
     a_response_answers,
     a_streamed_response_says_the_same,
     a_gathered_response_is_whole,
     a_response_is_held_to_a_schema,
     a_bad_response_request_is_400,
+    embeddings_have_one_direction_for_one_text,
+    an_embedding_of_nothing_is_400,
 ]
