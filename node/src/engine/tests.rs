@@ -5,20 +5,20 @@ use candle_core::quantized::GgmlDType;
 use super::*;
 use crate::{
     kernels::cpu::Cpu,
-    model::{self, Capacity, Output, tiny},
+    model::{self, Architecture, Capacity, Output, tiny},
     sample::Penalties,
 };
 
 const LIMITS: Limits = Limits { batch_size_max: 8, batch_tokens_max: 24 };
 
 fn engine(blocks: usize, queue_max: usize) -> Engine {
-    engine_with(blocks, queue_max, LIMITS.batch_tokens_max, 1)
+    engine_of(Architecture::Llama, blocks, queue_max, LIMITS.batch_tokens_max, 1)
 }
 
-fn engine_with(blocks: usize, queue_max: usize, batch_tokens_max: usize, threads: usize) -> Engine {
+fn engine_of(arch: Architecture, blocks: usize, queue_max: usize, batch_tokens_max: usize, threads: usize) -> Engine {
     let limits = Limits { batch_tokens_max, ..LIMITS };
     let capacity = Capacity { batch_tokens_max, context: 128, blocks };
-    let model = model::load(&tiny::llama(3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
+    let model = model::load(&tiny::model(arch, 3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
     Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks }).0
 }
 
@@ -74,14 +74,19 @@ fn alone(i: u32) -> Vec<u32> {
 
 #[test]
 fn company_chunks_threads_preemption_and_a_warm_cache_change_no_token_and_no_logprob() {
-    let expected: Vec<Vec<Event>> = (0..12).map(|i| run(&engine(64, 0), generation(i, &[], 40))).collect();
+    Architecture::ALL.into_iter().for_each(nothing_changes_a_token_of);
+}
+
+fn nothing_changes_a_token_of(arch: Architecture) {
+    let alone = engine_of(arch, 64, 0, LIMITS.batch_tokens_max, 1);
+    let expected: Vec<Vec<Event>> = (0..12).map(|i| run(&alone, generation(i, &[], 40))).collect();
     // 14 blocks hold about three of twelve sequences: the others wait, and some are preempted
     for (batch_tokens_max, threads) in [(24, 1), (9, 2), (64, 2)] {
-        let crowded = engine_with(14, 16, batch_tokens_max, threads);
+        let crowded = engine_of(arch, 14, 16, batch_tokens_max, threads);
         for _ in 0..2 {
             let running = crowded.submit(&Owner::default(), (0..12).map(|i| generation(i, &[], 40)).collect()).unwrap();
             let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
-            assert_eq!(found, expected, "{batch_tokens_max} tokens a step, {threads} threads");
+            assert_eq!(found, expected, "{arch:?}: {batch_tokens_max} tokens a step, {threads} threads");
         }
         use std::sync::atomic::Ordering::Relaxed;
         let stats = crowded.stats();
@@ -104,7 +109,7 @@ fn measure(engine: &Engine, i: u32, pooling: Pooling) -> (Vec<u32>, Vec<Logprobs
 
 #[test]
 fn what_is_measured_of_a_prompt_does_not_depend_on_steps_or_company() {
-    let crowded = engine_with(14, 16, 9, 2);
+    let crowded = engine_of(Architecture::Llama, 14, 16, 9, 2);
     for pooling in [Pooling::Mean, Pooling::Last] {
         for i in [1, 4, 10] {
             let expected = measure(&engine(64, 0), i, pooling);
