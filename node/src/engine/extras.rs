@@ -48,10 +48,11 @@ impl Extras {
         Terms { all_logits: self.scores.is_some(), states }
     }
 
-    /// Logits after one row, `[V]`; the last of the given tokens has no next one.
-    pub(super) fn take_logits(&mut self, ask: &Ask, logits: &[f32], given: &[u32], scratch: &mut Vec<(f32, u32)>) {
+    /// Logits after one row, `[V]`. `known` are the sequence's tokens: until the scores are whole, those that were given, since nothing is
+    /// sampled before; the last of them has no next one.
+    pub(super) fn take_logits(&mut self, ask: &Ask, logits: &[f32], known: &[u32], scratch: &mut Vec<(f32, u32)>) {
         let Some(scores) = &mut self.scores else { return };
-        if let Some(next) = given.get(ask.position + 1) {
+        if let Some(next) = known.get(ask.position + 1) {
             // rows computed again after a preemption are known already
             if ask.position == scores.found.len() {
                 scores.found.push(Logprobs::of(logits, *next, scores.top, scratch));

@@ -26,9 +26,6 @@ use crate::{
 
 /// What the engine knows of a sequence beside its tokens, which the scheduler keeps.
 struct Running {
-    /// Prompt, and the tokens that the client has had from another node.
-    given: Arc<[u32]>,
-    prompt_len: usize,
     choice: u32,
     sampling: Sampling,
     said: Option<Said>,
@@ -48,16 +45,14 @@ struct Waits {
 }
 
 impl Running {
-    fn new(generation: Generation, events: events::Sender<Event>, waits: Waits) -> Self {
-        let (prompt, had) = generation.tokens.split_at(generation.prompt_len);
+    fn new(generation: Generation, tokens: &[u32], events: events::Sender<Event>, waits: Waits) -> Self {
+        let (prompt, had) = tokens.split_at(generation.prompt_len);
         let mut guide = generation.guide;
         if let Some(guide) = &mut guide {
             had.iter().for_each(|token| guide.accept(*token));
         }
         Self {
             said: Said::of(&generation.sampling, prompt, had),
-            prompt_len: prompt.len(),
-            given: generation.tokens.as_slice().into(),
             choice: generation.choice,
             sampling: generation.sampling,
             guide,
@@ -171,7 +166,8 @@ impl Worker {
         let mut tokens = Vec::with_capacity(plan.pieces.len());
         for (ask, logits) in self.batch.logit_asks.iter().zip(output.logits.chunks_exact(vocab)) {
             let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
-            s.extras.take_logits(ask, logits, &s.given, &mut self.candidates);
+            let known = self.scheduler.sequence(ask.seq).map_or(&[][..], |sequence| sequence.tokens());
+            s.extras.take_logits(ask, logits, known, &mut self.candidates);
             if ask.is_last {
                 tokens.push((ask.seq, s.next(logits, &mut self.moved, &mut self.candidates)));
             }
@@ -224,17 +220,17 @@ impl Worker {
         }
     }
 
-    fn add(&mut self, start: Start) {
+    fn add(&mut self, mut start: Start) {
         if self.sequences.is_empty() {
             // the time without work was no silence
             self.stats.note_progress();
         }
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        let tokens = start.generation.tokens.clone();
-        let running =
-            Running::new(start.generation, start.events, Waits { since: start.submitted, begun: start.begun });
-        self.stats.prompt_tokens.fetch_add(running.prompt_len as u64, Relaxed);
+        let tokens = std::mem::take(&mut start.generation.tokens);
+        self.stats.prompt_tokens.fetch_add(start.generation.prompt_len as u64, Relaxed);
+        let waits = Waits { since: start.submitted, begun: start.begun };
+        let running = Running::new(start.generation, &tokens, start.events, waits);
         self.scheduler.add(id, tokens, running.extras.terms(), start.owner);
         self.sequences.insert(id, running);
     }
