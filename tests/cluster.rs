@@ -20,5 +20,6 @@ mod api;
 mod bad_input;
 mod golden;
 mod invariance;
+mod speculation;
 mod metrics;
 mod sdk;

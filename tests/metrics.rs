@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 /// What dashboards made for vLLM ask for.
-const DASHBOARD_NAMES: [&str; 18] = [
+const DASHBOARD_NAMES: [&str; 20] = [
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
@@ -26,6 +26,8 @@ const DASHBOARD_NAMES: [&str; 18] = [
     "vllm:prefix_cache_hits_total",
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
     "vllm:request_success_total",
     "vllm:request_prompt_tokens_bucket",
     "vllm:request_generation_tokens_bucket",

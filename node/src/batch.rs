@@ -2,7 +2,7 @@
 
 use crate::{
     kv::BLOCK_TOKENS,
-    sched::{Piece, Plan, Scheduler, SeqId, States, Terms},
+    sched::{Piece, Plan, Scheduler, SeqId, Sequence, States, Terms},
 };
 
 /// Consecutive rows of one sequence.
@@ -25,8 +25,10 @@ pub struct Ask {
     pub seq: SeqId,
     /// Its position in the sequence.
     pub position: usize,
-    /// Whether it is the sequence's last, after which the next token is sampled.
-    pub is_last: bool,
+    /// Whether the next token is sampled after it: the sequence's last, and guesses.
+    pub samples: bool,
+    /// What that token was guessed to be; the row after this one stands for it.
+    pub guess: Option<u32>,
 }
 
 /// `T` tokens of `B` sequences.
@@ -63,22 +65,25 @@ impl Batch {
         for piece in &plan.pieces {
             let sequence = scheduler.sequence(piece.seq).expect("a planned sequence runs");
             let blocks = sequence.blocks().iter().map(|b| b.0);
-            self.push_rows(&sequence.tokens()[piece.start..piece.start + piece.len], piece.start, blocks);
-            self.ask(piece, sequence.terms());
+            let known = &sequence.tokens()[piece.start..piece.start + piece.known()];
+            self.push_rows(&[known, sequence.proposed()], piece.start, blocks);
+            self.ask(piece, sequence);
         }
     }
 
     /// Notes which rows of the piece just pushed are asked for.
-    fn ask(&mut self, piece: &Piece, Terms { all_logits, states }: Terms) {
+    fn ask(&mut self, piece: &Piece, sequence: &Sequence) {
+        let Terms { all_logits, states } = sequence.terms();
         let first_row = self.tokens.len() - piece.len;
         for i in 0..piece.len {
-            let (row, is_last) = ((first_row + i) as u32, piece.samples && i + 1 == piece.len);
-            let ask = Ask { seq: piece.seq, position: piece.start + i, is_last };
-            if is_last || all_logits {
+            let (row, samples) = ((first_row + i) as u32, piece.samples && i + 1 >= piece.known());
+            let guess = (i + 1).checked_sub(piece.known()).and_then(|i| sequence.proposed().get(i).copied());
+            let ask = Ask { seq: piece.seq, position: piece.start + i, samples, guess };
+            if samples || all_logits {
                 self.logit_rows.push(row);
                 self.logit_asks.push(ask);
             }
-            if states == States::All || (is_last && states == States::Last) {
+            if states == States::All || (samples && states == States::Last) {
                 self.hidden_rows.push(row);
                 self.hidden_asks.push(ask);
             }
@@ -87,15 +92,16 @@ impl Batch {
 
     /// Appends `tokens` of one sequence, the first at position `start`.
     pub fn push(&mut self, tokens: &[u32], start: usize, blocks: &[u32]) {
-        self.push_rows(tokens, start, blocks.iter().copied());
+        self.push_rows(&[tokens], start, blocks.iter().copied());
     }
 
-    fn push_rows(&mut self, tokens: &[u32], start: usize, blocks: impl Iterator<Item = u32>) {
-        let blocks_at = self.blocks.len();
+    fn push_rows(&mut self, parts: &[&[u32]], start: usize, blocks: impl Iterator<Item = u32>) {
+        let (blocks_at, first_row) = (self.blocks.len(), self.tokens.len());
         self.blocks.extend(blocks);
-        self.spans.push(Span { first_row: self.tokens.len(), rows: tokens.len(), start, blocks_at });
-        self.tokens.extend_from_slice(tokens);
-        for position in start..start + tokens.len() {
+        parts.iter().for_each(|tokens| self.tokens.extend_from_slice(tokens));
+        let rows = self.tokens.len() - first_row;
+        self.spans.push(Span { first_row, rows, start, blocks_at });
+        for position in start..start + rows {
             let block = self.blocks[blocks_at + position / BLOCK_TOKENS];
             self.positions.push(position as u32);
             self.slots.push(block * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32);

@@ -17,6 +17,7 @@ use crate::{
     models::Store,
     output::ToolFormat,
     sizes::Size,
+    speculate::Speculation,
     weights::Quantize,
 };
 
@@ -114,6 +115,8 @@ pub struct EngineLimits {
     pub context_max: Option<usize>,
     /// `kv_cache_memory`: bytes for keys and values; a share of the machine's free memory when not given.
     pub kv_cache_bytes: Option<u64>,
+    /// `speculative`: whether next tokens are guessed.
+    pub speculation: Speculation,
     /// What was decided, and why; for the log.
     pub sizes: Vec<Size>,
 }
@@ -173,6 +176,9 @@ const TOOL_PARSERS: [(&str, ToolParser); 6] = [
 
 const REASONING_PARSERS: [(&str, ReasoningParser); 3] =
     [("auto", ReasoningParser::Auto), ("none", ReasoningParser::None), ("think", ReasoningParser::Think)];
+
+const SPECULATIVE: [(&str, Speculation); 3] =
+    [("auto", Speculation::Auto), ("off", Speculation::Off), ("always", Speculation::Always)];
 
 const EMBEDDINGS: [(&str, Option<Pooling>); 3] =
     [("mean", Some(Pooling::Mean)), ("last", Some(Pooling::Last)), ("off", None)];
@@ -292,6 +298,7 @@ impl EngineLimits {
             queue_max_tenant,
             context_max: r.get_in_range("max_context", 2..=16_777_216),
             kv_cache_bytes: r.get::<ByteSize>("kv_cache_memory").map(|size| size.0),
+            speculation: r.choice("speculative", &SPECULATIVE, Speculation::Auto),
             sizes: sizes.found,
         }
     }
@@ -451,6 +458,14 @@ mod tests {
         for part in ["node.max_batch_tokens", "node.max_queue_per_tenant", "node.max_choices"] {
             assert!(error.contains(part), "{part} not in {error}");
         }
+    }
+
+    #[test]
+    fn speculation_is_on_unless_it_is_switched_off() {
+        assert_eq!(read("").unwrap().engine.speculation, Speculation::Auto);
+        assert_eq!(read("[node]\nspeculative = \"off\"").unwrap().engine.speculation, Speculation::Off);
+        let error = read("[node]\nspeculative = \"sometimes\"").unwrap_err();
+        assert!(error.contains("node.speculative") && error.contains("always"), "{error}");
     }
 
     #[test]

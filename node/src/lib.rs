@@ -1,7 +1,7 @@
 //! The inference server: one process, one model or several, an OpenAI API over continuous batching.
 //!
 //! The modules stand in the order of a request's life: [`http`] reads it, [`served`] has the model it names, [`text`] turns words to tokens, the [`engine`] thread plans
-//! steps with [`sched`] over the [`kv`] pool, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s within a [`guide`], and
+//! steps with [`sched`] over the [`kv`] pool, [`speculate`]s on what comes next, lays them out as a [`batch`], runs the [`model`] on its [`kernels`], [`sample`]s within a [`guide`], and
 //! [`stop`]s; [`output`] turns tokens back into text, [`http`] sends it, and a [`record`] is kept. Beside the request: [`run()`] keeps the
 //! process's own life from loading to the last handed-over stream, [`admin`] switches models, `sizes` fits them to the `machine`,
 //! [`weights`] reads model files, and [`models`] keeps them.
@@ -17,6 +17,7 @@ pub mod text;
 pub mod engine;
 pub mod sched;
 pub mod kv;
+pub mod speculate;
 pub mod batch;
 pub mod model;
 pub mod kernels;

@@ -228,6 +228,16 @@ fn engine_registry(stats: &Stats, model: &str) -> Registry {
             "Sequences put back, for want of KV blocks or for another tenant's share.",
             &stats.preemptions,
         ),
+        (
+            "vllm:spec_decode_num_draft_tokens_total",
+            "Guesses at next tokens that were computed.",
+            &stats.speculated_tokens,
+        ),
+        (
+            "vllm:spec_decode_num_accepted_tokens_total",
+            "Guesses at next tokens that came true.",
+            &stats.accepted_tokens,
+        ),
         ("tidegate_node_steps_total", "Steps finished.", &stats.steps),
     ];
     for (name, help, value) in counters {

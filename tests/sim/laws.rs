@@ -1,7 +1,9 @@
 //! Goal: every law of the accounting holds after every step, nobody starves, and no answer depends on who shared the pool.
 //! Method: a pretend model whose next token is a hash of the tokens it can see through the blocks. It reads a sequence's tokens only
 //! through the block table, from a pretend cache that is written as a plan says; so a block that was handed out twice, overwritten
-//! while shared, or found under a wrong prefix changes a token, and the answer differs from the one computed alone.
+//! while shared, or found under a wrong prefix changes a token, and the answer differs from the one computed alone. Most worlds guess
+//! at next tokens, now right and now wrong, also past the ends of answers; wrong ones stand in the pretend cache until they are
+//! overwritten, so one that is read, or sealed, changes an answer too.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -25,6 +27,7 @@ fn the_laws_hold_in_every_world() {
     if worlds > 100 {
         assert!(all.for_blocks > worlds / 2 && all.for_share > worlds / 2, "the worlds are too easy to show anything");
         assert!(all.cached > 100 * worlds && all.left > worlds && all.late > worlds, "{all:?}");
+        assert!(all.accepted > 50 * worlds && all.proposed - all.accepted > 50 * worlds, "{all:?}");
     }
 }
 
@@ -35,6 +38,8 @@ struct Tally {
     steps: usize,
     computed: usize,
     cached: usize,
+    proposed: usize,
+    accepted: usize,
     for_blocks: usize,
     for_share: usize,
     left: usize,
@@ -49,6 +54,8 @@ impl Tally {
             steps: self.steps + other.steps,
             computed: self.computed + other.computed,
             cached: self.cached + other.cached,
+            proposed: self.proposed + other.proposed,
+            accepted: self.accepted + other.accepted,
             for_blocks: self.for_blocks + other.for_blocks,
             for_share: self.for_share + other.for_share,
             left: self.left + other.left,
@@ -107,6 +114,9 @@ struct World {
     /// What stands in each slot of the pretend cache.
     cache: Vec<Option<u32>>,
     requests: Vec<Request>,
+    /// How likely a sequence is guessed at in a step, and how likely each guess is right.
+    guesses: (f64, f64),
+    rng: StdRng,
     /// Oldest first.
     open: BTreeMap<SeqId, Open>,
     ended: HashMap<SeqId, (End, Vec<u32>)>,
@@ -144,6 +154,7 @@ impl World {
             }
         });
         let requests: Vec<Request> = requests.collect();
+        let guesses = if seed.is_multiple_of(4) { (0.0, 0.0) } else { (rng.random(), rng.random()) };
         Self {
             scheduler: Scheduler::new(limits, blocks),
             cache: vec![None; blocks * BLOCK_TOKENS],
@@ -152,6 +163,8 @@ impl World {
             tally: Tally { requests: requests.len(), ..Tally::default() },
             limits,
             requests,
+            guesses,
+            rng,
         }
     }
 
@@ -163,9 +176,10 @@ impl World {
                 arrived += 1;
             }
             self.let_some_go(step);
-            let plan = self.scheduler.plan();
+            let mut plan = self.scheduler.plan();
             self.check_plan(&plan);
             self.check_waits();
+            self.guess(&mut plan);
             self.step(&plan);
             self.check_books();
             self.tally.steps += 1;
@@ -259,10 +273,51 @@ impl World {
             None => assert!(piece.start.is_multiple_of(BLOCK_TOKENS), "a cached prefix is whole blocks"),
         }
         open.next = Some(piece.start + piece.len);
+        self.check_slots(piece);
+    }
+
+    fn check_slots(&self, piece: &Piece) {
+        let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
         for position in piece.start..piece.start + piece.len {
             let block = sequence.blocks()[position / BLOCK_TOKENS];
             assert_eq!(self.scheduler.kv().references(block), 1, "a shared block would be written");
         }
+    }
+
+    /// Guesses for some of those that decode, within what nobody else wants.
+    fn guess(&mut self, plan: &mut Plan) {
+        let decoding: Vec<SeqId> = plan.pieces.iter().filter(|p| p.samples && p.len == 1).map(|p| p.seq).collect();
+        for id in decoding {
+            if !self.rng.random_bool(self.guesses.0) {
+                continue;
+            }
+            let guesses = self.guesses_at(id);
+            let (planned, available) = (plan.clone(), self.scheduler.kv().available());
+            let count = self.scheduler.propose(plan, id, &guesses);
+            let sequence = self.scheduler.sequence(id).expect("a planned sequence runs");
+            assert_eq!(sequence.proposed(), &guesses[..count]);
+            assert!(count == 0 || (planned.only_decodes() && sequence.terms() == Terms::default()));
+            assert_eq!((&plan.preempted, plan.tokens()), (&planned.preempted, planned.tokens() + count));
+            let left = self.scheduler.kv().available();
+            assert!(
+                left == available || left >= self.scheduler.running(),
+                "a guess took a block that another may need"
+            );
+            self.tally.proposed += count;
+        }
+        assert!(plan.tokens() <= self.limits.batch_tokens_max && plan.proposed() <= LOGIT_ROWS_MAX);
+        plan.pieces.iter().for_each(|piece| self.check_slots(piece));
+    }
+
+    /// Tokens after a sequence's last, each right or not as chance has it.
+    fn guesses_at(&mut self, id: SeqId) -> Vec<u32> {
+        let mut tokens = self.scheduler.sequence(id).expect("a planned sequence runs").tokens().to_vec();
+        let known = tokens.len();
+        for _ in 0..self.rng.random_range(1..40) {
+            let right = next_token(tokens.iter().copied());
+            tokens.push(if self.rng.random_bool(self.guesses.1) { right } else { self.rng.random_range(0..50) });
+        }
+        tokens.split_off(known)
     }
 
     /// Nobody waits longer than all that was there beside it takes at one token a step and computed twice over; and within a share
@@ -292,27 +347,52 @@ impl World {
     /// Writes the plan's tokens to the pretend cache, and reads whole sequences back through their block tables.
     fn step(&mut self, plan: &Plan) {
         for piece in &plan.pieces {
-            for position in piece.start..piece.start + piece.len {
-                let token = self.scheduler.sequence(piece.seq).expect("a planned sequence runs").tokens()[position];
+            let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
+            let known = sequence.tokens()[piece.start..piece.start + piece.known()].iter();
+            let tokens: Vec<u32> = known.chain(sequence.proposed()).copied().collect();
+            assert_eq!(tokens.len(), piece.len, "guesses are those of this step");
+            for (position, token) in (piece.start..).zip(tokens) {
                 let slot = self.slot(piece.seq, position);
                 self.cache[slot] = Some(token);
             }
         }
-        let sampled = plan.pieces.iter().filter(|p| p.samples).map(|p| {
-            let seen = (0..p.start + p.len).map(|i| self.cache[self.slot(p.seq, i)].expect("what is read was written"));
-            (p.seq, next_token(seen))
-        });
-        let sampled: Vec<(SeqId, u32)> = sampled.collect();
+        let sampled: Vec<(SeqId, Vec<u32>)> =
+            plan.pieces.iter().filter(|p| p.samples).map(|p| (p.seq, self.sample(p))).collect();
         self.scheduler.advance(plan);
-        for (id, token) in sampled {
-            let open = self.open.get_mut(&id).expect("a sampled sequence is open");
-            open.answer.push(token);
-            if open.answer.len() == self.requests[id.0 as usize].tokens_max {
-                self.end(id, End::Whole);
-            } else {
-                self.scheduler.push(id, token);
+        for (id, tokens) in sampled {
+            self.tally.accepted += tokens.len() - 1;
+            self.take(id, &tokens);
+        }
+    }
+
+    /// What comes after each of a piece's rows, until a guess is wrong.
+    fn sample(&self, piece: &Piece) -> Vec<u32> {
+        let guesses = self.scheduler.sequence(piece.seq).expect("a planned sequence runs").proposed();
+        let mut sampled = Vec::new();
+        for rows in piece.known()..=piece.len {
+            let slots = (0..piece.start + rows).map(|i| self.slot(piece.seq, i));
+            sampled.push(next_token(slots.map(|slot| self.cache[slot].expect("what is read was written"))));
+            if guesses.get(sampled.len() - 1) != sampled.last() {
+                break;
             }
         }
+        sampled
+    }
+
+    /// A sequence's next tokens; those after its end are nobody's.
+    fn take(&mut self, id: SeqId, tokens: &[u32]) {
+        for token in tokens {
+            let open = self.open.get_mut(&id).expect("a sampled sequence is open");
+            open.answer.push(*token);
+            if open.answer.len() == self.requests[id.0 as usize].tokens_max {
+                return self.end(id, End::Whole);
+            }
+            self.scheduler.push(id, *token);
+        }
+        let pending = self.scheduler.pending(id);
+        assert_eq!(pending, 1, "only the newest token is not computed");
+        self.open.get_mut(&id).expect("it has not ended").next =
+            self.scheduler.sequence(id).map(|sequence| sequence.tokens().len() - pending);
     }
 
     fn slot(&self, id: SeqId, position: usize) -> usize {

@@ -71,7 +71,7 @@ impl Extras {
         }
         embedding.sum.iter_mut().zip(state).for_each(|(sum, x)| *sum += f64::from(*x));
         embedding.rows += 1;
-        if ask.is_last
+        if ask.samples
             && let Some(Embedding { sum, rows, reader, .. }) = self.embedding.take()
         {
             let _ = reader.send(sum.iter().map(|x| (x / rows as f64) as f32).collect());

@@ -24,6 +24,7 @@ use crate::{
     model::Model,
     sample::{Logprobs, Sampling},
     sched::{Limits, Owner},
+    speculate::Speculation,
     stop::{Finish, StopRule},
 };
 
@@ -130,6 +131,8 @@ pub struct EngineConfig {
     pub queue_max_tenant: usize,
     /// KV blocks.
     pub blocks: usize,
+    /// Whether next tokens are guessed.
+    pub speculation: Speculation,
 }
 
 /// The async side of the engine.

@@ -33,6 +33,10 @@ pub struct Stats {
     pub prompt_tokens_cached: AtomicU64,
     /// Tokens generated.
     pub generated_tokens: AtomicU64,
+    /// Guesses at next tokens that were computed.
+    pub speculated_tokens: AtomicU64,
+    /// Of those, the ones that came true.
+    pub accepted_tokens: AtomicU64,
     /// Sequences put back.
     pub preemptions: AtomicU64,
     /// Of those, for a share with fewer places, and not for want of blocks.
@@ -61,6 +65,8 @@ impl Stats {
             tokens_looked_up: zero(),
             prompt_tokens_cached: zero(),
             generated_tokens: zero(),
+            speculated_tokens: zero(),
+            accepted_tokens: zero(),
             preemptions: zero(),
             preemptions_for_share: zero(),
             backlog_ms: zero(),

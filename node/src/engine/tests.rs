@@ -16,10 +16,21 @@ fn engine(blocks: usize, queue_max: usize) -> Engine {
 }
 
 fn engine_of(arch: Architecture, blocks: usize, queue_max: usize, batch_tokens_max: usize, threads: usize) -> Engine {
+    speculating(Speculation::Off, arch, blocks, queue_max, batch_tokens_max, threads)
+}
+
+fn speculating(
+    speculation: Speculation,
+    arch: Architecture,
+    blocks: usize,
+    queue_max: usize,
+    batch_tokens_max: usize,
+    threads: usize,
+) -> Engine {
     let limits = Limits { batch_tokens_max, ..LIMITS };
     let capacity = Capacity { batch_tokens_max, context: 128, blocks };
     let model = model::load(&tiny::model(arch, 3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
-    Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks }).0
+    Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks, speculation }).0
 }
 
 fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
@@ -93,6 +104,74 @@ fn nothing_changes_a_token_of(arch: Architecture) {
         assert!(stats.preemptions.load(Relaxed) > 0, "the pool was meant to be too small");
         assert!(stats.prompt_tokens_cached.load(Relaxed) > 0, "the second round was meant to find its prompts");
     }
+}
+
+/// Prompts and answers that repeat themselves, so that there is much to guess, right and wrong.
+fn repetitive(i: u32, had: &[u32], tokens_max: usize) -> Generation {
+    let mut repetitive = generation(i, had, tokens_max);
+    let prompt: Vec<u32> = (0..24 + i).map(|k| 3 + k % (4 + i % 3)).collect();
+    repetitive.prompt_len = prompt.len();
+    repetitive.tokens = [prompt.as_slice(), had].concat();
+    // a few tokens far above the others, so that a seeded answer has them again and again
+    repetitive.sampling.bias = (0..5).map(|k| (3 + k, 4.0)).collect();
+    // some end in the middle of what was guessed
+    repetitive.stop.end_tokens = if i.is_multiple_of(5) { [4].into() } else { [].into() };
+    repetitive
+}
+
+#[test]
+fn speculation_changes_no_token_and_no_logprob() {
+    Architecture::ALL.into_iter().for_each(speculation_changes_nothing_of);
+}
+
+fn speculation_changes_nothing_of(arch: Architecture) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let off = engine_of(arch, 64, 0, LIMITS.batch_tokens_max, 1);
+    let all = || (0..12).map(|i| if i < 9 { repetitive(i, &[], 50) } else { generation(i, &[], 40) });
+    let expected: Vec<Vec<Event>> = all().map(|generation| run(&off, generation)).collect();
+    assert_eq!(off.stats().speculated_tokens.load(Relaxed), 0);
+    // alone with room for every guess, crowded with little budget, and with a pool so small that some are preempted
+    for (blocks, batch_tokens_max, threads) in [(200, 64, 1), (64, 12, 2), (14, 24, 2)] {
+        let how = format!("{arch:?}: {blocks} blocks, {batch_tokens_max} tokens a step, {threads} threads");
+        for speculation in [Speculation::Always, Speculation::Auto] {
+            let on = speculating(speculation, arch, blocks, 16, batch_tokens_max, threads);
+            let running = on.submit(&Owner::default(), all().collect()).unwrap();
+            let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
+            assert_eq!(found, expected, "{how}, {speculation:?}");
+            // taken up in the middle, as after the loss of another node
+            let rest = run(&on, repetitive(1, &expected[1].iter().map(|e| e.token).take(20).collect::<Vec<_>>(), 50));
+            assert_eq!(rest, expected[1][20..], "{how}, {speculation:?}");
+            let (guessed, right) =
+                (on.stats().speculated_tokens.load(Relaxed), on.stats().accepted_tokens.load(Relaxed));
+            assert!(right <= guessed);
+            assert!(speculation == Speculation::Auto || (0 < right && right < guessed), "{right} of {guessed}: {how}");
+            until_free(on.stats());
+        }
+    }
+}
+
+fn until_free(stats: &Stats) {
+    use std::sync::atomic::Ordering::Relaxed;
+    while stats.blocks_free.load(Relaxed) < stats.blocks_total {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn an_answer_that_repeats_itself_takes_fewer_steps() {
+    use std::sync::atomic::Ordering::Relaxed;
+    let steps = |speculation| {
+        let engine = speculating(speculation, Architecture::Llama, 64, 0, 64, 1);
+        let greedy = Generation { sampling: Sampling::greedy(0), ..repetitive(1, &[], 80) };
+        let answer = run(&engine, greedy);
+        // what is counted after the last token is counted by then
+        until_free(engine.stats());
+        (answer.len(), engine.stats().generated_tokens.load(Relaxed), engine.stats().steps.load(Relaxed))
+    };
+    let (off, on) = (steps(Speculation::Off), steps(Speculation::Always));
+    assert_eq!(((off.0, off.1), off.2), ((80, 80), 80));
+    assert_eq!((on.0, on.1), (80, 80));
+    assert!(on.2 < 60, "{} steps", on.2);
 }
 
 /// The prompt of `i`, its log-probabilities, and its vector; nothing is generated.
@@ -171,9 +250,7 @@ fn over_the_queue_is_refused_whole_and_a_reader_that_leaves_makes_room() {
     };
     let answer = read(taken.remove(0));
     assert_eq!(answer.len(), 5);
-    while stats.blocks_free.load(std::sync::atomic::Ordering::Relaxed) < stats.blocks_total {
-        std::thread::yield_now();
-    }
+    until_free(stats);
 }
 
 /// A model that fails on one token, and otherwise likes token 1 best.
@@ -201,8 +278,9 @@ impl Model for Poisoned {
 #[test]
 fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
     let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
-    let (engine, _) =
-        Engine::start(Box::new(Poisoned), EngineConfig { limits, queue_max: 4, queue_max_tenant: 4, blocks: 16 });
+    let config =
+        EngineConfig { limits, queue_max: 4, queue_max_tenant: 4, blocks: 16, speculation: Speculation::Always };
+    let (engine, _) = Engine::start(Box::new(Poisoned), config);
     let prompt = |token: u32| Generation {
         tokens: vec![token; 3],
         prompt_len: 3,

@@ -1,4 +1,5 @@
-//! The engine thread. Its step is four words: plan, forward, sample, commit.
+//! The engine thread. Its step is four words: plan, forward, sample, commit. What a plan speculates on is sampled row by row for as long
+//! as it comes true.
 
 use std::{
     collections::HashMap,
@@ -8,7 +9,7 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{Receiver, TryRecvError},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc as events;
@@ -20,7 +21,8 @@ use crate::{
     guide::Guide,
     model::Model,
     sample::{self, Draw, Logprobs, Said, Sampling},
-    sched::{Cause, Plan, Scheduler, SeqId},
+    sched::{Cause, Plan, Scheduler, SeqId, Sequence},
+    speculate::{Cost, Lookup, Prospects, Speculation},
     stop::{Finish, StopRule},
 };
 
@@ -32,6 +34,7 @@ struct Running {
     guide: Option<Guide>,
     stop: StopRule,
     logprobs: Option<usize>,
+    lookup: Lookup,
     extras: Extras,
     events: events::Sender<Event>,
     generated: usize,
@@ -58,6 +61,7 @@ impl Running {
             guide,
             stop: generation.stop,
             logprobs: generation.logprobs,
+            lookup: Lookup::default(),
             extras: Extras::new(generation.wants),
             events,
             generated: had.len(),
@@ -97,6 +101,11 @@ impl Running {
         Some(Event { token, logprobs, finish: stuck.or_else(|| self.stop.after(token, self.generated)) })
     }
 
+    /// Tokens that may come after the next one.
+    fn left_after_next(&self) -> usize {
+        self.stop.tokens_max.saturating_sub(self.generated + 1)
+    }
+
     fn moves_logits(&self) -> bool {
         self.said.is_some() || self.guide.is_some() || !self.sampling.bias.is_empty()
     }
@@ -110,6 +119,10 @@ pub(super) struct Worker {
     starts: Receiver<Start>,
     stats: Arc<Stats>,
     pace: Pace,
+    speculation: Speculation,
+    prospects: Prospects,
+    cost: Cost,
+    guesses: Vec<u32>,
     next_id: u64,
     candidates: Vec<(f32, u32)>,
     /// One row of logits, moved by bias, penalties and grammar.
@@ -126,6 +139,10 @@ impl Worker {
             starts,
             stats,
             pace: Pace::default(),
+            speculation: config.speculation,
+            prospects: Prospects::default(),
+            cost: Cost::default(),
+            guesses: Vec::new(),
             next_id: 0,
             candidates: Vec::new(),
             moved: Vec::new(),
@@ -136,26 +153,56 @@ impl Worker {
     pub(super) fn run(mut self) {
         while self.receive() {
             self.drop_abandoned();
-            let plan = self.scheduler.plan();
+            let mut plan = self.scheduler.plan();
+            self.speculate(&mut plan);
             self.publish(&plan);
             self.begin(&plan);
             if !plan.pieces.is_empty() {
                 let began = Instant::now();
-                self.step_or_drop(&plan);
-                self.pace.note_step(plan.tokens(), began.elapsed());
+                let accepted = self.step_or_drop(&plan);
+                self.note_time(&plan, accepted, began.elapsed());
             }
         }
     }
 
     /// A panic in a step ends the sequences of that step and no more: their readers see their channels close.
-    fn step_or_drop(&mut self, plan: &Plan) {
-        if std::panic::catch_unwind(AssertUnwindSafe(|| self.step(plan))).is_err() {
+    fn step_or_drop(&mut self, plan: &Plan) -> usize {
+        std::panic::catch_unwind(AssertUnwindSafe(|| self.step(plan))).unwrap_or_else(|_| {
             error!(sequences = plan.pieces.len(), "a step panicked; its sequences are dropped");
             plan.pieces.iter().for_each(|piece| self.remove(piece.seq));
+            0
+        })
+    }
+
+    /// Adds guesses at the next tokens, as many as pay.
+    fn speculate(&mut self, plan: &mut Plan) {
+        let room = self.scheduler.room_for_proposals(plan);
+        if self.speculation == Speculation::Off || room == 0 {
+            return;
+        }
+        self.prospects.clear();
+        for piece in &plan.pieces {
+            let s = self.sequences.get_mut(&piece.seq).expect("a planned sequence is known");
+            s.lookup.extend(self.scheduler.sequence(piece.seq).map_or(&[], Sequence::tokens));
+            self.prospects.add(piece.seq, s.lookup.chances().take(s.left_after_next()));
+        }
+        for (id, count) in self.prospects.choose(self.speculation, plan.pieces.len(), room, &self.cost) {
+            let tokens = self.scheduler.sequence(id).map_or(&[][..], Sequence::tokens);
+            self.sequences[&id].lookup.guess(tokens, count, &mut self.guesses);
+            self.scheduler.propose(plan, id, &self.guesses);
         }
     }
 
-    fn step(&mut self, plan: &Plan) {
+    fn note_time(&mut self, plan: &Plan, accepted: usize, time: Duration) {
+        // guesses that were wrong bring nothing nearer to its end
+        self.pace.note_step(plan.tokens() - plan.proposed() + accepted, time);
+        if plan.only_decodes() {
+            self.cost.note_step(plan.tokens(), time);
+        }
+    }
+
+    /// Computes the plan; gives how many guesses came true.
+    fn step(&mut self, plan: &Plan) -> usize {
         self.batch.fill(plan, &self.scheduler);
         let (stats, vocab, width) = (self.stats.clone(), self.model.vocab(), self.model.width());
         let output = self.model.forward(&self.batch, &|| stats.note_progress());
@@ -164,16 +211,29 @@ impl Worker {
             s.extras.take_state(ask, state);
         }
         let mut tokens = Vec::with_capacity(plan.pieces.len());
+        // whose guess proved wrong: its other rows say nothing
+        let (mut missed, mut accepted) = (None, 0);
         for (ask, logits) in self.batch.logit_asks.iter().zip(output.logits.chunks_exact(vocab)) {
+            if missed == Some(ask.seq) {
+                continue;
+            }
             let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
             let known = self.scheduler.sequence(ask.seq).map_or(&[][..], |sequence| sequence.tokens());
             s.extras.take_logits(ask, logits, known, &mut self.candidates);
-            if ask.is_last {
-                tokens.push((ask.seq, s.next(logits, &mut self.moved, &mut self.candidates)));
+            if ask.samples {
+                let event = s.next(logits, &mut self.moved, &mut self.candidates);
+                let is_right = event.as_ref().is_some_and(|event| Some(event.token) == ask.guess);
+                accepted += usize::from(is_right);
+                let goes_on = is_right && event.as_ref().is_some_and(|event| event.finish.is_none());
+                missed = (!goes_on).then_some(ask.seq);
+                tokens.push((ask.seq, event));
             }
         }
         self.commit(plan, tokens);
         self.stats.steps.fetch_add(1, Relaxed);
+        self.stats.speculated_tokens.fetch_add(plan.proposed() as u64, Relaxed);
+        self.stats.accepted_tokens.fetch_add(accepted as u64, Relaxed);
+        accepted
     }
 
     fn commit(&mut self, plan: &Plan, tokens: Vec<(SeqId, Option<Event>)>) {

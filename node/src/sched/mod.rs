@@ -8,6 +8,11 @@
 //! 2. **Decode.** Every running sequence that lacks one token gets it. When blocks run out, somebody is put back.
 //! 3. **Catch up.** What is left of the budget goes to prompts in pieces, the share that has spent least first, within it the oldest.
 //!
+//! To a step that has nothing to catch up on, the caller may add guesses at the next tokens ([`Scheduler::propose`]), which are computed
+//! as if they were known. They take what nobody else wants: the rest of the budget, and blocks while one is left for each running
+//! sequence, given back when the guesses prove wrong. So nobody is put back for a guess. Only tokens that were really sampled count as
+//! computed and are sealed into the prefix cache.
+//!
 //! Why everybody comes to an end: the oldest running sequence is never put back, in neither pass; it decodes in each step, and its share
 //! gets its part of the budget. Nobody is passed by for want of blocks: when the next one to let in does not fit, the others wait too.
 //! A place changes hands only towards a more even batch, so it does not change back, and blocks run out only where somebody has grown.
@@ -51,8 +56,17 @@ pub struct Piece {
     pub start: usize,
     /// How many, at least one.
     pub len: usize,
-    /// Whether the last one is the sequence's last, so that a next token is sampled after it.
+    /// Whether the sequence's last is among them, so that a next token is sampled after it.
     pub samples: bool,
+    /// How many of them, at the end, are guesses; what comes after each is sampled too, for as long as they are right.
+    pub proposed: usize,
+}
+
+impl Piece {
+    /// How many of its tokens are known to be the sequence's.
+    pub fn known(&self) -> usize {
+        self.len - self.proposed
+    }
 }
 
 /// Why a sequence was put back.
@@ -81,6 +95,16 @@ impl Plan {
     /// Tokens in the step.
     pub fn tokens(&self) -> usize {
         self.pieces.iter().map(|p| p.len).sum()
+    }
+
+    /// Of those, guesses.
+    pub fn proposed(&self) -> usize {
+        self.pieces.iter().map(|p| p.proposed).sum()
+    }
+
+    /// Whether each sequence in it computes no more than its last token, and guesses.
+    pub fn only_decodes(&self) -> bool {
+        self.pieces.iter().all(|p| p.samples && p.known() == 1)
     }
 }
 
@@ -174,19 +198,41 @@ impl Scheduler {
         plan
     }
 
-    /// Notes that the plan's tokens are computed, and seals the blocks that became full.
+    /// Most guesses that can be added to a step.
+    pub fn room_for_proposals(&self, plan: &Plan) -> usize {
+        let rows = if plan.only_decodes() { LOGIT_ROWS_MAX - plan.proposed() } else { 0 };
+        rows.min(self.limits.batch_tokens_max - plan.tokens())
+    }
+
+    /// Adds guesses at what follows the last token of a sequence that decodes in this step: as many of `tokens` as there is room for,
+    /// which is returned. At most once for a sequence and step.
+    pub fn propose(&mut self, plan: &mut Plan, id: SeqId, tokens: &[u32]) -> usize {
+        let room = self.room_for_proposals(plan);
+        let Some(piece) = plan.pieces.iter_mut().find(|piece| piece.seq == id) else { return 0 };
+        let spare = self.kv.available().saturating_sub(self.running.len());
+        let sequence = self.sequences.get_mut(&id).expect("a planned sequence is known");
+        let count = tokens.len().min(room).min(sequence.proposable(spare));
+        sequence.propose(&tokens[..count], &mut self.kv);
+        piece.proposed += count;
+        piece.len += count;
+        self.shares.charge(sequence.share, count);
+        count
+    }
+
+    /// Notes that the plan's tokens are computed, and seals the blocks that became full. Guesses do not count before they are pushed.
     pub fn advance(&mut self, plan: &Plan) {
         for piece in &plan.pieces {
             if let Some(sequence) = self.sequences.get_mut(&piece.seq) {
-                sequence.advance(piece.len, &mut self.kv);
+                sequence.advance(piece.known(), &mut self.kv);
             }
         }
     }
 
-    /// Appends a sampled token.
+    /// Appends a sampled token; of a sequence with guesses all that were sampled, in order, until one is not as it was guessed. Follows
+    /// [`advance`](Self::advance).
     pub fn push(&mut self, id: SeqId, token: u32) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.push(token);
+            sequence.push(token, &mut self.kv);
         }
     }
 
@@ -279,7 +325,8 @@ impl Scheduler {
 
     fn schedule(&mut self, id: SeqId, len: usize, plan: &mut Plan) {
         let sequence = self.known(id);
-        plan.pieces.push(Piece { seq: id, start: sequence.computed, len, samples: len == sequence.pending() });
+        let samples = len == sequence.pending();
+        plan.pieces.push(Piece { seq: id, start: sequence.computed, len, samples, proposed: 0 });
         self.shares.charge(sequence.share, len);
     }
 
@@ -443,6 +490,58 @@ mod tests {
         s.add(SeqId(1), vec![2; 100], Terms::default(), owner("calm"));
         assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 64)]);
         assert_eq!(shape(&step(&mut s, 9)), [(1, 64, 36), (0, 256, 28)]);
+    }
+
+    /// A step with guesses for one sequence, after which `sampled` comes.
+    fn guess(s: &mut Scheduler, id: u64, guesses: &[u32], sampled: &[u32]) -> usize {
+        let mut plan = s.plan();
+        let count = s.propose(&mut plan, SeqId(id), guesses);
+        assert_eq!(s.sequence(SeqId(id)).unwrap().proposed(), &guesses[..count]);
+        s.advance(&plan);
+        sampled.iter().for_each(|token| s.push(SeqId(id), *token));
+        assert!(s.kv().is_balanced() && s.sequence(SeqId(id)).unwrap().proposed().is_empty());
+        count
+    }
+
+    #[test]
+    fn of_guesses_only_those_that_came_true_count_as_computed() {
+        let mut s = scheduler(8, 64, 16);
+        s.add(SeqId(1), vec![7; 30], Terms::default(), Owner::default());
+        step(&mut s, 9);
+        let free = s.kv().available();
+        // the 31st token stands in the second block; the guesses reach into a third, which is given back when they were wrong
+        assert_eq!(guess(&mut s, 1, &[1, 2, 3, 4], &[5]), 4);
+        assert_eq!((s.pending(SeqId(1)), s.kv().available()), (1, free));
+        assert_eq!(s.plan().pieces[0].start, 31);
+        assert_eq!(guess(&mut s, 1, &[1, 2, 3, 4], &[1, 2, 8]), 4);
+        assert_eq!((s.pending(SeqId(1)), s.kv().available()), (1, free - 1));
+        assert_eq!(guess(&mut s, 1, &[1, 2], &[1, 2, 3]), 2);
+        assert_eq!(s.plan().pieces[0].start, 37);
+        // what was guessed right is found as what was computed
+        let tokens = s.sequence(SeqId(1)).unwrap().tokens().to_vec();
+        s.add(SeqId(2), tokens, Terms::default(), Owner::default());
+        assert_eq!(s.plan().tokens_cached, 32);
+    }
+
+    #[test]
+    fn guesses_take_what_nobody_else_wants() {
+        let mut s = scheduler(8, 8, 4);
+        s.add(SeqId(1), vec![1; 5], Terms::default(), Owner::default());
+        s.add(SeqId(2), vec![2; 3], Terms { all_logits: true, ..Terms::default() }, Owner::default());
+        step(&mut s, 9);
+        // where something is read off a sequence's rows there are none, and together they keep within the budget
+        assert_eq!(guess(&mut s, 2, &[1; 9], &[9]), 0);
+        (0..2).for_each(|_| s.push(SeqId(1), 9));
+        assert_eq!(guess(&mut s, 1, &[1; 9], &[9]), 0, "two tokens are to be caught up on");
+        s.push(SeqId(2), 9);
+        step(&mut s, 9);
+        assert_eq!(guess(&mut s, 1, &[1; 9], &[9]), 6);
+        s.push(SeqId(2), 9);
+        // a third sequence waits for a block, and the two that run may need one each: there is none for a guess
+        s.add(SeqId(3), vec![3; 8], Terms::default(), Owner::default());
+        (0..3).for_each(|_| drop(step(&mut s, 9)));
+        let tokens = s.sequence(SeqId(1)).unwrap().tokens().len();
+        assert_eq!(guess(&mut s, 1, &[1; 9], &[9]), (16 - tokens).min(5));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub struct Sequence {
     pub(super) runs: bool,
     terms: Terms,
     tokens: Vec<u32>,
+    /// Guesses at what follows the last token, computed with it; a block that only they need is there for no longer than they are.
+    proposed: Vec<u32>,
     /// Tokens whose keys and values stand in the blocks.
     pub(super) computed: usize,
     pub(super) blocks: Vec<BlockId>,
@@ -42,8 +44,8 @@ pub struct Sequence {
 
 impl Sequence {
     pub(super) fn new(share: ShareId, tokens: Vec<u32>, terms: Terms) -> Self {
-        let (blocks, chain) = (Vec::new(), Vec::new());
-        Self { share, runs: false, terms, tokens, computed: 0, blocks, chain, sealed: 0 }
+        let (proposed, blocks, chain) = (Vec::new(), Vec::new(), Vec::new());
+        Self { share, runs: false, terms, tokens, proposed, computed: 0, blocks, chain, sealed: 0 }
     }
 
     /// What it asks for.
@@ -54,6 +56,11 @@ impl Sequence {
     /// All tokens, prompt first.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// Guesses at what follows its last token, that this step computes.
+    pub fn proposed(&self) -> &[u32] {
+        &self.proposed
     }
 
     /// Where the keys and values stand, in order of position.
@@ -71,8 +78,34 @@ impl Sequence {
         !self.terms.all_logits && self.terms.states != States::All
     }
 
-    pub(super) fn push(&mut self, token: u32) {
+    /// How many guesses could be computed with its last token, if it had `spare` more blocks. None where something is read off its
+    /// rows: they would be taken for its own.
+    pub(super) fn proposable(&self, spare: usize) -> usize {
+        let is_plain = self.terms == Terms::default();
+        if is_plain { (self.blocks.len() + spare) * BLOCK_TOKENS - self.tokens.len() } else { 0 }
+    }
+
+    /// Guesses at what follows its last token; the caller has checked that there are blocks for them.
+    pub(super) fn propose(&mut self, tokens: &[u32], kv: &mut KvPool) {
+        self.proposed.extend_from_slice(tokens);
+        let wanted = (self.tokens.len() + self.proposed.len()).div_ceil(BLOCK_TOKENS);
+        for _ in self.blocks.len()..wanted {
+            self.blocks.push(kv.allocate().expect("availability was checked"));
+        }
+    }
+
+    /// Appends a sampled token. When it is the one that was guessed, its keys and values stand in the blocks already; otherwise all
+    /// guesses after it are void, and what they wrote is written anew before anybody reads it.
+    pub(super) fn push(&mut self, token: u32, kv: &mut KvPool) {
         self.tokens.push(token);
+        if self.proposed.first() == Some(&token) {
+            self.proposed.remove(0);
+            self.advance(1, kv);
+        } else {
+            self.proposed.clear();
+            let unused = self.blocks_wanted().min(self.blocks.len());
+            self.blocks.drain(unused..).for_each(|block| kv.release(block));
+        }
     }
 
     /// Blocks that all its present tokens take.
@@ -106,6 +139,7 @@ impl Sequence {
     /// Gives its blocks back, the last one first, so that what stays cached longest is a prefix.
     pub(super) fn give_back(&mut self, kv: &mut KvPool) {
         self.blocks.drain(..).rev().for_each(|block| kv.release(block));
+        self.proposed.clear();
         (self.sealed, self.computed) = (0, 0);
     }
 

@@ -112,6 +112,7 @@ impl Measured {
             queue_max: node.engine.queue_max,
             queue_max_tenant: node.engine.queue_max_tenant,
             blocks: capacity.blocks,
+            speculation: node.engine.speculation,
         };
         let (engine, thread) = Engine::start(Box::new(model), engine);
         let end_tokens = tokenizer.end_tokens().into();
