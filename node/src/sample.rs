@@ -138,21 +138,14 @@ impl Logprobs {
     /// Of `token` and of the `top` likeliest, `logits[V]`.
     pub fn of(logits: &[f32], token: u32, top: usize, scratch: &mut Vec<(f32, u32)>) -> Self {
         let total = log_sum_exp(logits);
-        scratch.clear();
-        if top > 0 {
-            scratch.extend(logits.iter().zip(0u32..).map(|(logit, id)| (*logit, id)));
-            let top = top.min(scratch.len());
-            scratch.select_nth_unstable_by(top - 1, order);
-            scratch.truncate(top);
-            scratch.sort_unstable_by(order);
-        }
+        first_in_order(logits, top, scratch);
         let top = scratch.iter().map(|(logit, id)| (*id, logit - total)).collect();
         Self { chosen: logits[token as usize] - total, top }
     }
 }
 
 fn log_sum_exp(logits: &[f32]) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = logits[likeliest(logits) as usize];
     let sum: f64 = logits.iter().map(|x| f64::from((x - max).exp())).sum();
     max + sum.ln() as f32
 }
@@ -169,10 +162,47 @@ pub fn sample(logits: &[f32], sampling: &Sampling, draw: Draw, scratch: &mut Vec
     pick(scratch, uniform(sampling.seed, draw))
 }
 
+/// Logits that are looked at together; the compiler makes vector instructions of loops over so many.
+const LANES: usize = 32;
+
 /// The first of the greatest; a NaN is never chosen.
 fn likeliest(logits: &[f32]) -> u32 {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
-    logits.iter().position(|x| *x == top).unwrap_or(0) as u32
+    // the greatest of each lane so far, and in which chunk it stands
+    let (mut tops, mut chunks) = ([f32::NEG_INFINITY; LANES], [u32::MAX; LANES]);
+    let (whole, rest) = logits.as_chunks::<LANES>();
+    for (chunk, i) in whole.iter().zip(0u32..) {
+        for lane in 0..LANES {
+            let is_greater = chunk[lane] > tops[lane];
+            tops[lane] = if is_greater { chunk[lane] } else { tops[lane] };
+            chunks[lane] = if is_greater { i } else { chunks[lane] };
+        }
+    }
+    let lanes = (0..LANES).filter(|lane| chunks[*lane] != u32::MAX);
+    let firsts = lanes.map(|lane| (tops[lane], chunks[lane] * LANES as u32 + lane as u32));
+    let rest = rest.iter().zip((whole.len() * LANES) as u32..).map(|(x, id)| (*x, id));
+    let all = firsts.chain(rest.filter(|(x, _)| *x > f32::NEG_INFINITY));
+    let best = all.reduce(|a, b| if b.0 > a.0 || (b.0 == a.0 && b.1 < a.1) { b } else { a });
+    // where nothing is possible, the first that is a number
+    best.map_or_else(|| logits.iter().position(|x| !x.is_nan()).unwrap_or(0) as u32, |(_, id)| id)
+}
+
+/// The `count` likeliest, likelier first.
+fn first_in_order(logits: &[f32], count: usize, out: &mut Vec<(f32, u32)>) {
+    out.clear();
+    let count = count.min(logits.len());
+    for (logit, id) in logits.iter().copied().zip(0u32..) {
+        let new = (logit, id);
+        if let Some(worst) = out.get(count.wrapping_sub(1)) {
+            // most end here; what compares as less stands later in the order, too
+            if logit < worst.0 || order(&new, worst).is_gt() {
+                continue;
+            }
+            out.pop();
+        }
+        if count > 0 {
+            out.insert(out.partition_point(|kept| order(kept, &new).is_lt()), new);
+        }
+    }
 }
 
 /// Likelier first; among equals the smaller id.
@@ -185,9 +215,9 @@ fn candidates(logits: &[f32], sampling: &Sampling, out: &mut Vec<(f32, u32)>) {
     let top = logits[likeliest(logits) as usize];
     // what is below this weighs less than 2^-24 of the likeliest: f32 sums would not see it
     let floor = (sampling.min_p.max(f32::EPSILON / 2.0)).ln() * sampling.temperature + top;
-    out.clear();
-    out.extend(logits.iter().enumerate().filter(|(_, x)| **x >= floor).map(|(id, x)| (*x, id as u32)));
-    if sampling.top_k > 0 && out.len() > sampling.top_k {
+    above(logits, floor, out);
+    let is_cut = sampling.top_k > 0 && out.len() > sampling.top_k;
+    if is_cut {
         out.select_nth_unstable_by(sampling.top_k - 1, order);
         out.truncate(sampling.top_k);
     }
@@ -197,8 +227,18 @@ fn candidates(logits: &[f32], sampling: &Sampling, out: &mut Vec<(f32, u32)>) {
     if sampling.top_p < 1.0 {
         out.sort_unstable_by(order);
         keep_mass(out, sampling.top_p);
-    } else {
+    } else if is_cut {
         out.sort_unstable_by_key(|c| c.1);
+    }
+}
+
+/// Logits of at least `floor` with their tokens, in the order of the vocabulary. Most of it is far below, and passed by in chunks.
+fn above(logits: &[f32], floor: f32, out: &mut Vec<(f32, u32)>) {
+    out.clear();
+    for (chunk, first) in logits.chunks(LANES).zip((0u32..).step_by(LANES)) {
+        if chunk.iter().fold(false, |any, x| any | (*x >= floor)) {
+            out.extend(chunk.iter().copied().zip(first..).filter(|(x, _)| *x >= floor));
+        }
     }
 }
 
@@ -302,7 +342,36 @@ mod tests {
         assert_eq!(Logprobs::of(&logits, 1, 0, &mut Vec::new()).top, []);
     }
 
+    /// Any number, more often than by chance one of those that need care.
+    fn any_logit() -> impl Strategy<Value = f32> {
+        let special = [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MIN_POSITIVE];
+        prop_oneof![4 => -3f32..3.0, 1 => prop::sample::select(special.to_vec()), 1 => prop::sample::select(vec![1.0f32, 2.0])]
+    }
+
     proptest! {
+        /// Law: what is found in chunks is what plain loops find, whatever the numbers.
+        #[test]
+        fn chunks_find_what_plain_loops_find(
+            logits in prop::collection::vec(any_logit(), 1..150), floor in any_logit(), count in 0usize..40,
+            only in prop::option::of(any_logit()),
+        ) {
+            let logits = only.map_or(logits.clone(), |only| vec![only; logits.len()]);
+            let top = logits.iter().copied().fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a });
+            prop_assert_eq!(likeliest(&logits), logits.iter().position(|x| *x == top).unwrap_or(0) as u32);
+
+            let bits = |found: &[(f32, u32)]| found.iter().map(|(x, id)| (x.to_bits(), *id)).collect::<Vec<_>>();
+            let all: Vec<(f32, u32)> = logits.iter().copied().zip(0u32..).collect();
+            let mut found = Vec::new();
+            above(&logits, floor, &mut found);
+            prop_assert_eq!(bits(&found), bits(&all.iter().copied().filter(|(x, _)| *x >= floor).collect::<Vec<_>>()));
+
+            let mut sorted = all;
+            sorted.sort_unstable_by(order);
+            sorted.truncate(count);
+            first_in_order(&logits, count, &mut found);
+            prop_assert_eq!(bits(&found), bits(&sorted));
+        }
+
         /// Law: whatever the logits and settings, the token is one of the vocabulary, and the same draw gives the same token.
         #[test]
         fn any_setting_gives_a_token_and_gives_it_again(
