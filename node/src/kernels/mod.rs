@@ -47,6 +47,31 @@ pub struct CacheShape {
     pub blocks: usize,
     /// Heads of each layer.
     pub heads: Heads,
+    /// How a key or a value is kept.
+    pub dtype: KvDtype,
+}
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvDtype {
+    /// 16 bits; 11 of them for precision.
+    #[default]
+    F16,
+    /// 16 bits; 8 of them for precision, with the range of f32.
+    Bf16,
+    /// 8 bits, and for each token and head a scale of f32 for its keys and one for its values.
+    Int8,
+}
+
+impl KvDtype {
+    /// The name in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
 }
 
 /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864) as a table of angles.

@@ -28,7 +28,7 @@ pub struct Shape {
 impl Shape {
     /// Shape of the cache with `blocks` blocks.
     pub fn cache(&self, blocks: usize) -> CacheShape {
-        CacheShape { layers: self.layers, blocks, heads: self.heads }
+        CacheShape { layers: self.layers, blocks, heads: self.heads, dtype: crate::kernels::KvDtype::F16 }
     }
 }
 

@@ -6,7 +6,7 @@ pub enum Isa {
     /// AVX-512 with VNNI: int8 products.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
-    /// AVX2.
+    /// AVX2 with FMA and F16C, as every processor since 2013 has them together.
     #[cfg(target_arch = "x86_64")]
     Avx2,
     /// Whatever the compiler makes of plain loops.
@@ -23,10 +23,12 @@ impl Isa {
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vnni");
-            if vnni {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            if vnni && avx2 {
                 return Self::Avx512Vnni;
             }
-            if is_x86_feature_detected!("avx2") {
+            if avx2 {
                 return Self::Avx2;
             }
         }
@@ -43,6 +45,14 @@ impl Isa {
             Self::Portable => {}
         }
         all
+    }
+
+    /// Whether it has registers for sixteen sums of sixteen values; else for four.
+    pub(super) fn has_many_registers(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self == Self::Avx512Vnni;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// Its word in the device class.
@@ -68,13 +78,13 @@ macro_rules! for_each_isa {
             fn body($($arg: $type),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
             fn avx512($($arg: $type),*) $(-> $ret)? {
                 body($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             fn avx2($($arg: $type),*) $(-> $ret)? {
                 body($($arg),*)
             }

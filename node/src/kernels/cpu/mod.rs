@@ -5,6 +5,7 @@ mod attention;
 mod experts;
 mod pool;
 mod rowwise;
+mod simd;
 mod tiles;
 
 use std::{cell::RefCell, ops::Range};
@@ -17,7 +18,7 @@ use self::{
     rowwise::QUANT_BLOCK,
     tiles::{Quantized, TILE_ROWS, Tiles},
 };
-use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Heads, Norm, Rope, View};
+use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Norm, Rope, View};
 use crate::{batch::Batch, weights::Weight};
 
 /// Tile rows that a thread takes at a time.
@@ -34,6 +35,7 @@ pub struct Cpu {
     /// What a product gives before it is normed or weighed, `[T, N]`.
     product: Rows,
     mixture: Mixture,
+    attention: attention::Work,
 }
 
 /// What multiplies.
@@ -106,7 +108,7 @@ impl Shared {
 }
 
 thread_local! {
-    /// One row of dequantized weights, or one group's attention scores.
+    /// One row of dequantized weights.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -158,7 +160,13 @@ impl Cpu {
     /// A device on given instructions, for tests that compare them.
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         let cores = Cores { isa, pool: Pool::new(threads), quantized: QuantizedRows::default() };
-        Self { cores, staged: Rows::default(), product: Rows::default(), mixture: Mixture::default() }
+        Self {
+            cores,
+            staged: Rows::default(),
+            product: Rows::default(),
+            mixture: Mixture::default(),
+            attention: attention::Work::default(),
+        }
     }
 
     fn pack(&self, weight: Weight) -> Part {
@@ -336,7 +344,7 @@ impl Backend for Cpu {
     }
 
     fn block_bytes(shape: CacheShape) -> usize {
-        shape.layers * PagedCache::block_values(shape.heads) * size_of::<u16>()
+        PagedCache::block_bytes(shape)
     }
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32, out: &mut Rows) {
@@ -363,52 +371,13 @@ impl Backend for Cpu {
         layer: usize,
         cache: &mut Cache,
     ) {
-        let Heads { query, kv, dim } = cache.0.heads();
-        for i in 0..qkv.count() {
-            let (rotated, values) = qkv.row_mut(i).split_at_mut((query + kv) * dim);
-            for (h, head) in rotated.chunks_exact_mut(dim).enumerate() {
-                if let Some(norms) = norms {
-                    let norm = if h < query { &norms.query } else { &norms.key };
-                    rowwise::rms_norm_in_place(self.cores.isa, head, &norm.gains, norm.epsilon);
-                }
-                rope.rotate(head, batch.positions[i] as usize);
-            }
-            cache.0.write(layer, batch.slots[i] as usize, &rotated[query * dim..], values);
-        }
+        let Cores { isa, pool, .. } = &mut self.cores;
+        attention::rope_write(*isa, pool, qkv, norms, rope, batch, layer, &mut cache.0);
     }
 
     fn attention(&mut self, qkv: &Rows, view: View, batch: &Batch, layer: usize, cache: &Cache, out: &mut Rows) {
-        let heads = cache.0.heads();
-        out.resize(qkv.count(), heads.query_width());
-        let (isa, cache, width) = (self.cores.isa, &cache.0, heads.query_width());
-        let target = Shared(out.values.as_mut_ptr());
-        let group = heads.query / heads.kv * heads.dim;
-        // one item of work: one row, one key-value head
-        self.cores.pool.for_each(qkv.count() * heads.kv, 1, |range| {
-            let target = &target;
-            for item in range {
-                let (row, kv_head) = (item / heads.kv, item % heads.kv);
-                let span = &batch.spans[batch.spans.partition_point(|s| s.first_row + s.rows <= row)];
-                let seen = view.positions(batch.positions[row] as usize);
-                let queries = &qkv.row(row)[kv_head * group..][..group];
-                // SAFETY: each item writes its own head group of its own row
-                let out = unsafe { target.slice(row * width + kv_head * group, group) };
-                SCRATCH.with_borrow_mut(|scores| {
-                    attention::attend(
-                        isa,
-                        cache,
-                        layer,
-                        kv_head,
-                        &batch.blocks[span.blocks_at..],
-                        seen,
-                        view.scale,
-                        queries,
-                        scores,
-                        out,
-                    );
-                });
-            }
-        });
+        let Cores { isa, pool, .. } = &mut self.cores;
+        attention::attend(*isa, pool, &mut self.attention, qkv, view, batch, layer, &cache.0, out);
     }
 
     fn linear_add(&mut self, x: &Rows, w: &Matrix, norm: Option<&Norm>, residual: &mut Rows) {
@@ -433,7 +402,7 @@ impl Backend for Cpu {
 
     fn experts_add(&mut self, norm: &Norm, experts: &Experts<Matrix>, residual: &mut Rows) {
         self.stage_normed(residual, 0..residual.count(), norm);
-        let Self { cores, staged, product, mixture } = self;
+        let Self { cores, staged, product, mixture, .. } = self;
         let Mixture { routes, gathered, gate_up } = mixture;
         cores.multiply(staged, &experts.router, &mut routes.scores);
         routes.choose(cores.isa, experts.used, experts.is_normalized);

@@ -57,6 +57,11 @@ impl Pool {
         Self { shared, workers, handles }
     }
 
+    /// Threads, the caller's among them.
+    pub(crate) fn threads(&self) -> usize {
+        1 + self.workers.len()
+    }
+
     /// Runs `job` over `0..items` in chunks, on all threads; returns when all is done.
     pub(crate) fn for_each(&mut self, items: usize, chunk: usize, job: impl Fn(Range<usize>) + Sync) {
         if self.workers.is_empty() || items <= chunk {
