@@ -1,12 +1,15 @@
 # One word for each thing done often. `make help` lists them.
 
-# More for `tidegate up`, such as: make up ARGS="--nodes 3"
+# More for `tidegate up` or `bench-cpu`, such as: make up ARGS="--nodes 3", make bench-cpu ARGS="--only engine"
 ARGS ?=
+
+# How often `make bench-cpu` alternates ours and theirs.
+ROUNDS ?= 5
 
 # How long `make fuzz` gives to each target.
 SECONDS_EACH ?= 60
 
-.PHONY: help up setup setup-test build model test bench fuzz lint fmt doc deny ci
+.PHONY: help up setup setup-test build model test bench bench-cpu fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -31,8 +34,11 @@ test: setup-test model ## run every test; the first time, fetch what they need
 	cargo test --locked --workspace --doc
 	cargo nextest run --locked --workspace
 
-bench: setup ## measure
+bench: setup ## measure the engine alone
 	cargo bench --locked --workspace
+
+bench-cpu: setup build ## measure beside llama.cpp on this machine's CPU, ROUNDS=5; the first time it fetches and builds llama.cpp
+	@python3 benches/compare/cpu.py --rounds $(ROUNDS) $(ARGS)
 
 fuzz: setup ## give random input to every parser, SECONDS_EACH=60 each; stops at the first finding
 	@cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is missing: cargo install cargo-fuzz --locked"; exit 69; }
