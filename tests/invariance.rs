@@ -157,3 +157,15 @@ async fn answers_do_not_depend_on_how_they_are_computed() {
     assert!(preemptions > 0.0, "no sequence was preempted");
     println!("{preemptions} preemptions");
 }
+
+/// The same law where keys and values are kept in fewer bits, which is a device class of its own.
+#[tokio::test]
+async fn answers_from_an_int8_cache_do_not_depend_on_company_either() {
+    let (client, requests) = (Client::new(), requests());
+    let lines = "threads = 2\nkv_cache_dtype = \"int8\"";
+    let (_node, base, _folder) = lone_node(NodePlan { lines, ..NodePlan::named("int8") }).await;
+    let device = client.get(&format!("{base}/health")).await.unwrap().body["device"].clone();
+    assert!(device.as_str().unwrap().ends_with("-kv-int8"), "{device}");
+    let expected = each_alone(&client, &base, &requests).await;
+    compare("among 20 others, in int8", &expected, &among_others(&client, &base, &requests).await);
+}

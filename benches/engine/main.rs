@@ -17,7 +17,7 @@ use clap::Parser;
 use serde_json::{Value, json};
 use tidegate_node::{
     batch::Batch,
-    kernels::cpu::Cpu,
+    kernels::{KvDtype, cpu::Cpu},
     kv::BLOCK_TOKENS,
     model::{self, Capacity, Model},
     models::{ModelRef, Store},
@@ -205,6 +205,7 @@ fn capacity(args: &Args) -> Capacity {
         batch_tokens_max: longest(args).max(sequences as usize),
         context: longest(args),
         blocks: (sequences * blocks_each(args)) as usize,
+        kv_dtype: KvDtype::F16,
     }
 }
 

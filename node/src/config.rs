@@ -13,6 +13,7 @@ mod models;
 
 use crate::{
     engine::Pooling,
+    kernels::KvDtype,
     machine::{self, Memory},
     models::Store,
     output::ToolFormat,
@@ -115,6 +116,8 @@ pub struct EngineLimits {
     pub context_max: Option<usize>,
     /// `kv_cache_memory`: bytes for keys and values; a share of the machine's free memory when not given.
     pub kv_cache_bytes: Option<u64>,
+    /// `kv_cache_dtype`: how the keys and values of models are kept that do not say.
+    pub kv_dtype: KvDtype,
     /// `speculative`: whether next tokens are guessed.
     pub speculation: Speculation,
     /// What was decided, and why; for the log.
@@ -298,6 +301,7 @@ impl EngineLimits {
             queue_max_tenant,
             context_max: r.get_in_range("max_context", 2..=16_777_216),
             kv_cache_bytes: r.get::<ByteSize>("kv_cache_memory").map(|size| size.0),
+            kv_dtype: kv_dtype(r),
             speculation: r.choice("speculative", &SPECULATIVE, Speculation::Auto),
             sizes: sizes.found,
         }
@@ -372,6 +376,10 @@ impl Defaults {
 
 fn quantize(r: &Reader<'_>) -> Quantize {
     r.choice("quantize", &[Quantize::None, Quantize::Int8, Quantize::Int4].map(|q| (q.name(), q)), Quantize::None)
+}
+
+fn kv_dtype(r: &Reader<'_>) -> KvDtype {
+    r.choice("kv_cache_dtype", &[KvDtype::F16, KvDtype::Bf16, KvDtype::Int8].map(|d| (d.name(), d)), KvDtype::F16)
 }
 
 fn timeout(r: &Reader<'_>) -> Duration {

@@ -44,7 +44,8 @@ impl Wish<'_> {
     pub(crate) fn capacity(&self) -> Result<(Capacity, [Size; 2]), LoadError> {
         let Self { limits, memory, .. } = self;
         let context = limits.context_max.unwrap_or(self.model_context).min(self.model_context);
-        let mut capacity = Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0 };
+        let mut capacity =
+            Capacity { batch_tokens_max: limits.batch_tokens_max, context, blocks: 0, kv_dtype: limits.kv_dtype };
         let least = capacity.blocks_per_sequence();
         let (free, needed) = (memory.bytes >> 20, self.mib(least));
         if needed > free {
@@ -106,7 +107,7 @@ impl Wish<'_> {
             }
             None => format!("an eighth of {} MiB, {}", self.memory.bytes >> 20, self.memory.bound),
         };
-        why += &format!("; {blocks} blocks of {BLOCK_TOKENS} tokens");
+        why += &format!("; {blocks} blocks of {BLOCK_TOKENS} tokens in {}", capacity.kv_dtype.name());
         Size { key: "kv_cache_memory", value: blocks as u64 * self.block_bytes as u64, why }
     }
 }

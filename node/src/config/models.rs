@@ -3,7 +3,7 @@
 use bytesize::ByteSize;
 use tidegate_common::config::Reader;
 
-use crate::{models::ModelRef, weights::Quantize};
+use crate::{kernels::KvDtype, models::ModelRef, weights::Quantize};
 
 /// Most models of one node; each is a line of `/health`, and a value of a label in its metrics.
 pub(crate) const MODELS_MAX: usize = 64;
@@ -26,6 +26,8 @@ pub struct ModelConfig {
     pub context_max: Option<usize>,
     /// `kv_cache_memory`: bytes for keys and values; a share of the machine's free memory when not given.
     pub kv_cache_bytes: Option<u64>,
+    /// `kv_cache_dtype`: how keys and values are kept; as the node's others when not given.
+    pub kv_dtype: Option<KvDtype>,
     /// Whether its matrices are quantized as they are loaded; as the node's others when not given.
     pub quantize: Option<Quantize>,
 }
@@ -59,6 +61,7 @@ impl ModelConfig {
             pinned: false,
             context_max: None,
             kv_cache_bytes: None,
+            kv_dtype: None,
             quantize: None,
         }
     }
@@ -74,6 +77,8 @@ impl ModelConfig {
         entry.pinned = r.get_or("pinned", false);
         entry.context_max = r.get_in_range("max_context", 2..=16_777_216);
         entry.kv_cache_bytes = r.get::<ByteSize>("kv_cache_memory").map(|size| size.0);
+        let kv_dtype = super::kv_dtype(r);
+        entry.kv_dtype = r.has("kv_cache_dtype").then_some(kv_dtype);
         let quantize = super::quantize(r);
         entry.quantize = r.has("quantize").then_some(quantize);
         entry
@@ -148,19 +153,21 @@ mod tests {
     fn the_first_of_several_is_the_default_and_each_has_its_own_bounds() {
         let models = read(
             "[[node.models]]\nmodel = \"smollm2-135m\"\nmax_context = 512\npinned = true\n\
-             [[node.models]]\nmodel = \"smollm2-135m\"\nname = \"second\"\nload = \"first_use\"\nkv_cache_memory = \"1MiB\"",
+             [[node.models]]\nmodel = \"smollm2-135m\"\nname = \"second\"\nload = \"first_use\"\nkv_cache_memory = \"1MiB\"\n\
+             kv_cache_dtype = \"int8\"",
         )
         .unwrap();
         let [first, second] = models.as_slice() else { panic!("two models") };
         assert_eq!((first.name.as_str(), first.context_max, first.pinned), ("smollm2-135m", Some(512), true));
         assert_eq!((second.load, second.kv_cache_bytes, second.pinned), (LoadWhen::FirstUse, Some(1 << 20), false));
+        assert_eq!((first.kv_dtype, second.kv_dtype), (None, Some(KvDtype::Int8)));
     }
 
     #[test]
     fn all_faults_of_the_list_come_together_with_their_paths() {
         let error = read(
             "[node]\nmodel = \"smollm2-135m\"\n[[node.models]]\nname = \"a\"\nmax_context = 1\n\
-             [[node.models]]\nname = \"a\"\nmodel = \"smollm2-135m\"\nload = \"never\"\npined = true\n\
+             [[node.models]]\nname = \"a\"\nmodel = \"smollm2-135m\"\nload = \"never\"\npined = true\nkv_cache_dtype = \"int4\"\n\
              [[node.models]]\nname = \"\"\nmodel = \"smollm2-135m\"",
         )
         .unwrap_err();
@@ -170,6 +177,7 @@ mod tests {
             "node.models[0].max_context",
             "node.models[1].name: 'a' stands here twice",
             "node.models[1].load: 'never'",
+            "node.models[1].kv_cache_dtype: 'int4' is not a choice here",
             "did you mean 'pinned'?",
             "node.models[2].name: a model's name must",
         ] {

@@ -4,7 +4,7 @@ use candle_core::quantized::GgmlDType;
 
 use super::*;
 use crate::{
-    kernels::cpu::Cpu,
+    kernels::{KvDtype, cpu::Cpu},
     model::{self, Architecture, Capacity, Output, tiny},
     sample::Penalties,
 };
@@ -28,7 +28,7 @@ fn speculating(
     threads: usize,
 ) -> Engine {
     let limits = Limits { batch_tokens_max, ..LIMITS };
-    let capacity = Capacity { batch_tokens_max, context: 128, blocks };
+    let capacity = Capacity { batch_tokens_max, context: 128, blocks, kv_dtype: KvDtype::F16 };
     let model = model::load(&tiny::model(arch, 3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
     Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks, speculation }).0
 }

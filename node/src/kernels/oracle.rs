@@ -8,7 +8,7 @@ use candle_core::quantized::GgmlDType;
 use proptest::prelude::*;
 
 use super::{
-    Backend,
+    Backend, KvDtype,
     cpu::{Cpu, isa::Isa},
     reference::Reference,
 };
@@ -21,10 +21,14 @@ use crate::{
     weights::Checkpoint,
 };
 
-const CAPACITY: Capacity = Capacity { batch_tokens_max: 64, context: 128, blocks: 32 };
+const CAPACITY: Capacity = Capacity { batch_tokens_max: 64, context: 128, blocks: 32, kv_dtype: KvDtype::F16 };
 
 fn load<B: Backend + 'static>(file: &Checkpoint, backend: B) -> Box<dyn Model> {
-    model::load(file, backend, CAPACITY).unwrap()
+    load_with(file, backend, KvDtype::F16)
+}
+
+fn load_with<B: Backend + 'static>(file: &Checkpoint, backend: B, kv_dtype: KvDtype) -> Box<dyn Model> {
+    model::load(file, backend, Capacity { kv_dtype, ..CAPACITY }).unwrap()
 }
 
 /// Logits after the last token, the tokens fed in pieces that end at `cuts`; `beside` is a second sequence that shares each step.
@@ -113,13 +117,30 @@ proptest! {
     ) {
         cuts.retain(|c| *c < tokens.len());
         cuts.sort_unstable();
-        let types = [GgmlDType::Q8_0, GgmlDType::F16].map(|dtype| (Architecture::Llama, dtype));
-        for (arch, dtype) in types.into_iter().chain(Architecture::ALL.map(|arch| (arch, GgmlDType::Q4_1))) {
+        let types = [(GgmlDType::Q8_0, KvDtype::Int8), (GgmlDType::F16, KvDtype::Bf16)];
+        let types = types.map(|(dtype, kv_dtype)| (Architecture::Llama, dtype, kv_dtype)).into_iter();
+        for (arch, dtype, kv_dtype) in types.chain(Architecture::ALL.map(|arch| (arch, GgmlDType::Q4_1, KvDtype::F16))) {
             let file = tiny::model(arch, 7, dtype);
-            let alone = logits(&mut *load(&file, Cpu::new(1)), &tokens, &[], &[]);
-            let together = logits(&mut *load(&file, Cpu::new(threads)), &tokens, &cuts, &beside);
+            let alone = logits(&mut *load_with(&file, Cpu::new(1), kv_dtype), &tokens, &[], &[]);
+            let together = logits(&mut *load_with(&file, Cpu::new(threads), kv_dtype), &tokens, &cuts, &beside);
             let is_equal = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
-            prop_assert!(is_equal, "{} {dtype:?}", arch.name());
+            prop_assert!(is_equal, "{} {dtype:?} {}", arch.name(), kv_dtype.name());
         }
+    }
+}
+
+#[test]
+fn every_way_to_keep_keys_and_values_is_close_to_the_reference_and_a_class_of_its_own() {
+    let file = tiny::llama(7, GgmlDType::F32);
+    let tokens: Vec<u32> = (0..40).map(|i| i * 29 % 64).collect();
+    let expected = logits(&mut *load(&file, Reference), &tokens, &[], &[]);
+    let class = load(&file, Cpu::new(1)).device_class();
+    for (kv_dtype, tolerance, suffix) in
+        [(KvDtype::F16, 2e-3, ""), (KvDtype::Bf16, 2e-2, "-kv-bf16"), (KvDtype::Int8, 3e-2, "-kv-int8")]
+    {
+        let mut model = load_with(&file, Cpu::new(1), kv_dtype);
+        let error = error(&logits(&mut *model, &tokens, &[], &[]), &expected);
+        assert!(error < tolerance, "{}: relative error {error}", kv_dtype.name());
+        assert_eq!(model.device_class(), format!("{class}{suffix}"));
     }
 }

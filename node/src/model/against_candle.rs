@@ -21,13 +21,13 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    kernels::{Backend, cpu::Cpu, reference::Reference},
+    kernels::{Backend, KvDtype, cpu::Cpu, reference::Reference},
     weights::Checkpoint,
 };
 
 const TOKENS: usize = 40;
 
-const CAPACITY: Capacity = Capacity { batch_tokens_max: 128, context: 64, blocks: 12 };
+const CAPACITY: Capacity = Capacity { batch_tokens_max: 128, context: 64, blocks: 12, kv_dtype: KvDtype::F16 };
 
 /// Blocks of three sequences, in no order.
 const BLOCKS: [[u32; 3]; 3] = [[7, 2, 9], [0, 11, 4], [5, 1, 10]];

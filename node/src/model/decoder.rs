@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    kernels::{Activation, Backend, Experts, HeadNorms, Norm, Rope, View},
+    kernels::{Activation, Backend, Experts, HeadNorms, KvDtype, Norm, Rope, View},
     weights::{Checkpoint, LoadError, Weight},
 };
 
@@ -25,6 +25,7 @@ pub(super) struct Decoder<B: Backend> {
     /// The last norm with the factor of the logits in its gains.
     head_norm: Norm,
     cache: B::Cache,
+    kv_dtype: KvDtype,
     vocab: usize,
     width: usize,
     /// `[T, E]`
@@ -86,7 +87,8 @@ impl<B: Backend> Decoder<B> {
             head,
             head_norm: Norm { gains, ..norm },
             norm,
-            cache: backend.cache(shape.cache(capacity.blocks)),
+            cache: backend.cache(shape.cache(capacity.blocks, capacity.kv_dtype)),
+            kv_dtype: capacity.kv_dtype,
             vocab: shape.vocab,
             width: shape.width,
             residual: backend.rows(rows, shape.width),
@@ -135,7 +137,10 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn device_class(&self) -> String {
-        self.backend.class()
+        match self.kv_dtype {
+            KvDtype::F16 => self.backend.class(),
+            other => format!("{}-kv-{}", self.backend.class(), other.name()),
+        }
     }
 }
 

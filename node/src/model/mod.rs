@@ -11,7 +11,7 @@ mod phi;
 
 use crate::{
     batch::Batch,
-    kernels::Backend,
+    kernels::{Backend, KvDtype},
     kv::BLOCK_TOKENS,
     weights::{Checkpoint, LoadError},
 };
@@ -30,7 +30,7 @@ pub trait Model: Send {
     /// Vocabulary, `V`.
     fn vocab(&self) -> usize;
 
-    /// Device class of the backend it runs on.
+    /// Device class of the backend it runs on, and how keys and values are kept when not in f16: answers are equal within one.
     fn device_class(&self) -> String;
 }
 
@@ -52,6 +52,8 @@ pub struct Capacity {
     pub context: usize,
     /// KV blocks.
     pub blocks: usize,
+    /// How keys and values are kept.
+    pub kv_dtype: KvDtype,
 }
 
 impl Capacity {
@@ -203,7 +205,7 @@ mod tests {
     /// A head that lies about sizes meets tensors that do not, before anything is allocated for it.
     #[test]
     fn a_size_that_the_tensors_do_not_have_is_an_error_that_names_one() {
-        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2, kv_dtype: KvDtype::F16 };
         for arch in Architecture::ALL {
             for (key, value) in [("feed_forward_length", 1 << 20), ("block_count", 1000), ("embedding_length", 1 << 16)]
             {
@@ -217,7 +219,7 @@ mod tests {
     /// What nothing reads would make a difference that we do not know.
     #[test]
     fn a_tensor_without_a_place_is_refused_by_name() {
-        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+        let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2, kv_dtype: KvDtype::F16 };
         let load = |name: &str| {
             let file = Tiny::new(Architecture::Llama).with_vector(name, vec![0.5; 64]).build(1, GgmlDType::F32);
             load(&file, Cpu::new(1), capacity).map(drop).map_err(|e| e.to_string())
@@ -284,7 +286,7 @@ mod tests {
             changes in prop::collection::vec((select(KEYS.to_vec()), values()), 1..4),
         ) {
             let tiny = changes.into_iter().fold(Tiny::new(arch), |tiny, (key, value)| tiny.with(key, value));
-            let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2 };
+            let capacity = Capacity { batch_tokens_max: 8, context: 32, blocks: 2, kv_dtype: KvDtype::F16 };
             if let Ok(mut model) = load(&tiny.build(1, GgmlDType::Q4_0), Cpu::new(1), capacity) {
                 let mut batch = Batch::default();
                 batch.push(&[3, 1, 2], 0, &[1]);

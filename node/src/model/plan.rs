@@ -4,7 +4,7 @@ use candle_core::quantized::gguf_file::Value;
 
 use super::{Architecture, rope::RopePlan};
 use crate::{
-    kernels::{Activation, CacheShape, Heads, View},
+    kernels::{Activation, CacheShape, Heads, KvDtype, View},
     weights::{Checkpoint, LoadError, whole_number},
 };
 
@@ -27,8 +27,8 @@ pub struct Shape {
 
 impl Shape {
     /// Shape of the cache with `blocks` blocks.
-    pub fn cache(&self, blocks: usize) -> CacheShape {
-        CacheShape { layers: self.layers, blocks, heads: self.heads, dtype: crate::kernels::KvDtype::F16 }
+    pub fn cache(&self, blocks: usize, dtype: KvDtype) -> CacheShape {
+        CacheShape { layers: self.layers, blocks, heads: self.heads, dtype }
     }
 }
 

@@ -86,7 +86,7 @@ impl Measured {
         info!(model = config.name, stored_mib, weights_mib, quantize = quantize.name(), "weights");
         let shape = Plan::read(&checkpoint)?.shape;
         let capacity = capacity::<Cpu>(&limits(node, &config), &shape, bytes_max)?;
-        let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1)) as u64;
+        let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
         let bytes = (sizes.loaded as u64).saturating_add(cache);
         Ok(Self { config, checkpoint, capacity, bytes })
     }
@@ -129,6 +129,7 @@ fn limits(node: &NodeConfig, model: &ModelConfig) -> EngineLimits {
     EngineLimits {
         context_max: model.context_max.or(limits.context_max),
         kv_cache_bytes: model.kv_cache_bytes.or(limits.kv_cache_bytes),
+        kv_dtype: model.kv_dtype.unwrap_or(limits.kv_dtype),
         ..limits
     }
 }
@@ -139,7 +140,7 @@ fn capacity<B: Backend>(limits: &EngineLimits, shape: &Shape, bytes_max: u64) ->
     if bytes_max < memory.bytes {
         memory = Memory { bytes: bytes_max, bound: "node.models_memory" };
     }
-    let block_bytes = B::block_bytes(shape.cache(1));
+    let block_bytes = B::block_bytes(shape.cache(1, limits.kv_dtype));
     let (capacity, found) = sizes::Wish { limits, model_context: shape.context, block_bytes, memory }.capacity()?;
     limits.sizes.iter().chain(&found).for_each(sizes::Size::print);
     Ok(capacity)

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::{
     batch::Batch,
-    kernels::cpu::Cpu,
+    kernels::{KvDtype, cpu::Cpu},
     model::{self, Capacity, tiny},
     weights::{Checkpoint, LoadError, Quantize, Recommended, whole_number},
 };
@@ -97,7 +97,7 @@ fn folder(tensors: &[Dense], dtype: Dtype) -> TempDir {
 }
 
 fn logits(checkpoint: &Checkpoint) -> Vec<f32> {
-    let capacity = Capacity { batch_tokens_max: 16, context: 64, blocks: 8 };
+    let capacity = Capacity { batch_tokens_max: 16, context: 64, blocks: 8, kv_dtype: KvDtype::F16 };
     let mut model = model::load(checkpoint, Cpu::new(1), capacity).unwrap();
     let mut batch = Batch::default();
     batch.push(&[3, 1, 4, 1, 5, 9, 2, 6], 0, &[0]);

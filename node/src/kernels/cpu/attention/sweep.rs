@@ -118,6 +118,9 @@ impl<E: Element, const Q: usize> Kernel for Sweep<'_, E, Q> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        if const { Q > 4 && !S::HAS_MANY_REGISTERS } {
+            unreachable!("more sums than fit the registers")
+        }
         let Self { pages, blocks, seen, queries, states } = self;
         let registers = State::registers(pages.dim());
         states.chunks_exact_mut(registers).for_each(State::clear);
@@ -257,15 +260,15 @@ impl<'a, E: Element> Chunk<'a, E> {
         let end = seen.iter().map(|seen| seen.end).fold(CHUNK, usize::min);
         let shared = start.min(end)..end;
         // a query never touches what it does not see, not even with a weight of zero: what stands there may be infinite
-        let own = |q: usize| q * registers..(q + 1) * registers;
-        for q in 0..Q {
-            let positions = seen[q].start..seen[q].end.min(shared.start);
-            self.mix_shared::<S, 1>(s, positions, [&weights[q]], &mut states[own(q)]);
-        }
-        self.mix_shared::<S, Q>(s, shared.clone(), std::array::from_fn(|q| &weights[q]), states);
-        for q in 0..Q {
-            let positions = seen[q].start.max(shared.end)..seen[q].end;
-            self.mix_shared::<S, 1>(s, positions, [&weights[q]], &mut states[own(q)]);
+        for edge in [Some(0..shared.start), None, Some(shared.end..CHUNK)] {
+            let Some(edge) = edge else {
+                self.mix_shared::<S, Q>(s, shared.clone(), weights.each_ref(), states);
+                continue;
+            };
+            for (q, state) in states.chunks_exact_mut(registers).enumerate() {
+                let positions = seen[q].start.max(edge.start)..seen[q].end.min(edge.end);
+                self.mix_shared::<S, 1>(s, positions, [&weights[q]], state);
+            }
         }
     }
 

@@ -156,6 +156,12 @@ proptest! {
         }
     }
 
+}
+
+proptest! {
+    // portable forms of fused products are slow where the machine's own are not used
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
     /// Law: a row gives the same bits however its sequence is cut, beside whatever others, on any number of threads and on every
     /// instruction set.
     #[test]
