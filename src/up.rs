@@ -6,7 +6,7 @@
 mod backoff;
 mod child;
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{iter, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tidegate_balancer::{Balancer, RunError};
 use tidegate_common::{
@@ -71,8 +71,8 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     // before the model is fetched: whoever starts a second cluster by mistake need not wait for that
     let balancer = Balancer::bind(all.balancer)?;
     let store = Store::open(&all.node.data_dir);
-    for model in &all.node.models {
-        store.pull(&model.model, &Shown::new())?;
+    for model in all.node.models.iter().flat_map(|model| iter::once(&model.model).chain(&model.draft)) {
+        store.pull(model, &Shown::new())?;
     }
 
     let cluster = Cluster {

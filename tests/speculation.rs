@@ -1,6 +1,6 @@
 //! Goal: speculative decoding changes no byte of an answer, greedy or seeded, and takes fewer steps where a text repeats itself. Method:
-//! the same requests, as streams and whole, to a node that never guesses, to one that always does and to one as it comes; bytes compared,
-//! steps counted by the nodes' own metrics, so that no figure depends on how busy this machine is.
+//! the same requests, as streams and whole, to a node that never guesses, to one that always does, with and without a draft model, and to
+//! one as it comes; bytes compared, steps counted by the nodes' own metrics, so that no figure depends on how busy this machine is.
 
 use serde_json::{Value, json};
 
@@ -10,6 +10,11 @@ use crate::support::{
 };
 
 const CHAT: &str = "/v1/chat/completions";
+
+const ALWAYS: &str = "speculative = \"always\"";
+
+/// The model as its own draft: no faster, but right about everything, if all is in order.
+const DRAFTED: &str = "speculative = \"always\"\ndraft_model = \"smollm2-135m\"";
 
 const NOTICE: &str = "The harbour office opens at eight and closes at five. Boats longer than twelve metres must ask for a berth \
     two days before they come. The fee is nine crowns a night, and water and power are part of it. Dogs are kept on a leash.";
@@ -101,7 +106,7 @@ async fn speculation_changes_no_byte_and_saves_steps() {
     let client = Client::new();
     let (expected, none, _) = answers(&client, "speculative = \"off\"").await;
     assert_eq!(none, 0.0, "a node that is told not to guesses");
-    for lines in ["speculative = \"always\"", ""] {
+    for lines in [ALWAYS, DRAFTED, ""] {
         let (found, guessed, right) = answers(&client, lines).await;
         println!("with '{lines}': {guessed} guesses, {right} right");
         for (((what, _), (expected, off)), (found, on)) in requests().iter().zip(&expected).zip(&found) {
@@ -110,9 +115,12 @@ async fn speculation_changes_no_byte_and_saves_steps() {
         }
         assert!(right <= guessed);
         // what pays depends on how busy the machine is, so only the node that always guesses must
-        if lines.contains("always") {
-            let steps = |all: &[(Said, f64)]| all.iter().take(3).map(|(_, steps)| steps).sum::<f64>();
-            assert!(right > 0.0 && steps(&found) < 0.7 * steps(&expected), "{right} right of {guessed}");
+        let steps = |all: &[(Said, f64)], count: usize| all.iter().take(count).map(|(_, steps)| steps).sum::<f64>();
+        match lines {
+            ALWAYS => assert!(steps(&found, 3) < 0.75 * steps(&expected, 3), "{right} right of {guessed}"),
+            // drawn from the same logits with the same numbers, also where the text does not repeat itself
+            DRAFTED => assert!(steps(&found, 5) < 0.4 * steps(&expected, 5), "{right} right of {guessed}"),
+            _ => {}
         }
     }
 }

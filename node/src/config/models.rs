@@ -30,6 +30,8 @@ pub struct ModelConfig {
     pub kv_dtype: Option<KvDtype>,
     /// Whether its matrices are quantized as they are loaded; as the node's others when not given.
     pub quantize: Option<Quantize>,
+    /// `draft_model`: a smaller model of the same vocabulary that guesses next tokens.
+    pub draft: Option<ModelRef>,
 }
 
 /// When a model is loaded.
@@ -63,6 +65,7 @@ impl ModelConfig {
             kv_cache_bytes: None,
             kv_dtype: None,
             quantize: None,
+            draft: None,
         }
     }
 
@@ -81,6 +84,7 @@ impl ModelConfig {
         entry.kv_dtype = r.has("kv_cache_dtype").then_some(kv_dtype);
         let quantize = super::quantize(r);
         entry.quantize = r.has("quantize").then_some(quantize);
+        entry.draft = r.parse("draft_model");
         entry
     }
 }
@@ -101,11 +105,12 @@ pub(super) fn read(r: &Reader<'_>) -> Vec<ModelConfig> {
     let sections = r.sections("models");
     let mut alone = ModelConfig::new(r.parse("model").unwrap_or_default());
     alone.name = r.get("served_model_name").unwrap_or(alone.name);
+    alone.draft = r.parse("draft_model");
     if sections.is_empty() {
         refuse_bad_name(r, "served_model_name", &alone.name);
         return vec![alone];
     }
-    for key in ["model", "served_model_name"].into_iter().filter(|key| r.has(key)) {
+    for key in ["model", "served_model_name", "draft_model"].into_iter().filter(|key| r.has(key)) {
         r.problem(key, "stands beside [[node.models]]", "keep one of the two: [[node.models]] lists every model");
     }
     if sections.len() > MODELS_MAX {
@@ -146,19 +151,23 @@ mod tests {
         let models = read("[node]\nmodel = \"./a/big.gguf\"\nserved_model_name = \"big\"").unwrap();
         assert_eq!(models.len(), 1);
         assert_eq!((models[0].name.as_str(), models[0].load), ("big", LoadWhen::Start));
-        assert_eq!(read("").unwrap()[0].name, "smollm2-135m");
+        assert_eq!((read("").unwrap()[0].name.as_str(), &read("").unwrap()[0].draft), ("smollm2-135m", &None));
+        let drafted = read("[node]\nmodel = \"./big.gguf\"\ndraft_model = \"./small.gguf\"").unwrap().remove(0);
+        assert_eq!(drafted.draft, Some("./small.gguf".parse().unwrap()));
     }
 
     #[test]
     fn the_first_of_several_is_the_default_and_each_has_its_own_bounds() {
         let models = read(
             "[[node.models]]\nmodel = \"smollm2-135m\"\nmax_context = 512\npinned = true\n\
+             draft_model = \"./small.gguf\"\n\
              [[node.models]]\nmodel = \"smollm2-135m\"\nname = \"second\"\nload = \"first_use\"\nkv_cache_memory = \"1MiB\"\n\
              kv_cache_dtype = \"int8\"",
         )
         .unwrap();
         let [first, second] = models.as_slice() else { panic!("two models") };
         assert_eq!((first.name.as_str(), first.context_max, first.pinned), ("smollm2-135m", Some(512), true));
+        assert_eq!((first.draft.is_some(), second.draft.is_some()), (true, false));
         assert_eq!((second.load, second.kv_cache_bytes, second.pinned), (LoadWhen::FirstUse, Some(1 << 20), false));
         assert_eq!((first.kv_dtype, second.kv_dtype), (None, Some(KvDtype::Int8)));
     }

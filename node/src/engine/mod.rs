@@ -1,6 +1,7 @@
 //! The engine: one thread that owns the device, the scheduler and the KV pool, and a handle by which the async side talks to it.
 //! There is no lock between them: requests go in by a channel, tokens come out by one channel for each choice.
 
+mod draft;
 mod extras;
 mod pace;
 mod places;
@@ -28,6 +29,7 @@ use crate::{
     stop::{Finish, StopRule},
 };
 
+pub use draft::Draft;
 use places::{Place, Places};
 pub use stats::Stats;
 
@@ -144,14 +146,14 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the engine thread; it ends when the last handle is gone.
-    pub fn start(model: Box<dyn Model>, config: EngineConfig) -> (Self, JoinHandle<()>) {
+    /// Starts the engine thread, with a draft model if there is one; it ends when the last handle is gone.
+    pub fn start(model: Box<dyn Model>, draft: Option<Draft>, config: EngineConfig) -> (Self, JoinHandle<()>) {
         let size = config.limits.batch_size_max;
         let places = Places::new(size + config.queue_max, size + config.queue_max_tenant);
         // starts of clients that left at once are only taken out with the next step
         let (starts, receiver) = mpsc::sync_channel(STARTS_MAX.min(2 * (size + config.queue_max)));
         let stats = Arc::new(Stats::new(config.blocks));
-        let worker = worker::Worker::new(model, config, receiver, stats.clone());
+        let worker = worker::Worker::new(model, draft, config, receiver, stats.clone());
         let builder = std::thread::Builder::new().name("engine".into());
         let thread = builder.spawn(move || worker.run()).expect("a thread can be started");
         (Self { starts, places, stats }, thread)

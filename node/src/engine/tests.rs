@@ -28,9 +28,13 @@ fn speculating(
     threads: usize,
 ) -> Engine {
     let limits = Limits { batch_tokens_max, ..LIMITS };
+    let config = EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks, speculation };
+    Engine::start(tiny(arch, 3, blocks, batch_tokens_max, threads), None, config).0
+}
+
+fn tiny(arch: Architecture, seed: u64, blocks: usize, batch_tokens_max: usize, threads: usize) -> Box<dyn Model> {
     let capacity = Capacity { batch_tokens_max, context: 128, blocks, kv_dtype: KvDtype::F16 };
-    let model = model::load(&tiny::model(arch, 3, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap();
-    Engine::start(model, EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks, speculation }).0
+    model::load(&tiny::model(arch, seed, GgmlDType::Q4_1), Cpu::new(threads), capacity).unwrap()
 }
 
 fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
@@ -148,6 +152,38 @@ fn speculation_changes_nothing_of(arch: Architecture) {
             until_free(on.stats());
         }
     }
+}
+
+/// Steps that twelve answers took, which are those without a draft model; of the draft, `seed` makes its weights.
+fn steps_with_a_draft(seed: u64, (blocks, drafted_blocks): (usize, usize), batch_tokens_max: usize) -> u64 {
+    use std::sync::atomic::Ordering::Relaxed;
+    let off = engine(64, 0);
+    let all = || (0..12).map(|i| if i < 4 { repetitive(i, &[], 50) } else { generation(i, &[], 40) });
+    let expected: Vec<Vec<Event>> = all().map(|generation| run(&off, generation)).collect();
+    let limits = Limits { batch_tokens_max, ..LIMITS };
+    let mut steps = 0;
+    for speculation in [Speculation::Auto, Speculation::Always] {
+        // its pool is so small that sequences drive each other out, and some do not fit at all
+        let capacity = Capacity { batch_tokens_max: 16, context: 64, blocks: drafted_blocks, kv_dtype: KvDtype::F16 };
+        let draft = Draft { model: tiny(Architecture::Llama, seed, drafted_blocks, 16, 1), capacity };
+        let config = EngineConfig { limits, queue_max: 16, queue_max_tenant: 16, blocks, speculation };
+        let on = Engine::start(tiny(Architecture::Llama, 3, blocks, batch_tokens_max, 2), Some(draft), config).0;
+        let running = on.submit(&Owner::default(), all().collect()).unwrap();
+        let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
+        assert_eq!(found, expected, "{blocks} blocks, {drafted_blocks} of the draft, {speculation:?}");
+        until_free(on.stats());
+        steps = on.stats().steps.load(Relaxed);
+    }
+    steps
+}
+
+#[test]
+fn a_draft_model_changes_no_answer_whatever_it_is_worth() {
+    // a draft that is the model itself is always right
+    let (own, other) = (steps_with_a_draft(3, (200, 200), 64), steps_with_a_draft(4, (200, 200), 64));
+    assert!(own < other, "{own} steps with a draft that is right, {other} with one that is not");
+    steps_with_a_draft(3, (14, 6), 24);
+    steps_with_a_draft(4, (64, 3), 12);
 }
 
 fn until_free(stats: &Stats) {
@@ -280,7 +316,7 @@ fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
     let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
     let config =
         EngineConfig { limits, queue_max: 4, queue_max_tenant: 4, blocks: 16, speculation: Speculation::Always };
-    let (engine, _) = Engine::start(Box::new(Poisoned), config);
+    let (engine, _) = Engine::start(Box::new(Poisoned), None, config);
     let prompt = |token: u32| Generation {
         tokens: vec![token; 3],
         prompt_len: 3,

@@ -9,20 +9,25 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::{Receiver, TryRecvError},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use tokio::sync::mpsc as events;
 use tracing::{error, warn};
 
-use super::{EngineConfig, Event, Generation, Start, Stats, extras::Extras, pace::Pace};
+use super::{
+    Draft, EngineConfig, Event, Generation, Start, Stats,
+    draft::{Drafter, Wish},
+    extras::Extras,
+    pace::Pace,
+};
 use crate::{
     batch::Batch,
     guide::Guide,
     model::Model,
     sample::{self, Draw, Logprobs, Said, Sampling},
     sched::{Cause, Plan, Scheduler, SeqId, Sequence},
-    speculate::{Cost, Lookup, Prospects, Speculation},
+    speculate::{Cost, Drafts, Lookup, Prospects, Speculation, Trust},
     stop::{Finish, StopRule},
 };
 
@@ -35,6 +40,9 @@ struct Running {
     stop: StopRule,
     logprobs: Option<usize>,
     lookup: Lookup,
+    trust: Trust,
+    /// Guesses of the draft model in this step.
+    drafted: usize,
     extras: Extras,
     events: events::Sender<Event>,
     generated: usize,
@@ -62,6 +70,8 @@ impl Running {
             stop: generation.stop,
             logprobs: generation.logprobs,
             lookup: Lookup::default(),
+            trust: Trust::default(),
+            drafted: 0,
             extras: Extras::new(generation.wants),
             events,
             generated: had.len(),
@@ -101,6 +111,12 @@ impl Running {
         Some(Event { token, logprobs, finish: stuck.or_else(|| self.stop.after(token, self.generated)) })
     }
 
+    /// What the draft model's `nth` guess is, by its logits `[V]`: drawn as the token itself will be, but for what moves its logits.
+    fn guess(&self, nth: usize, logits: &[f32], candidates: &mut Vec<(f32, u32)>) -> u32 {
+        let draw = Draw { choice: self.choice, position: (self.generated + nth) as u32 };
+        sample::sample(logits, &self.sampling, draw, candidates)
+    }
+
     /// Tokens that may come after the next one.
     fn left_after_next(&self) -> usize {
         self.stop.tokens_max.saturating_sub(self.generated + 1)
@@ -122,6 +138,8 @@ pub(super) struct Worker {
     speculation: Speculation,
     prospects: Prospects,
     cost: Cost,
+    drafter: Option<Drafter>,
+    drafts: Drafts,
     guesses: Vec<u32>,
     next_id: u64,
     candidates: Vec<(f32, u32)>,
@@ -130,7 +148,13 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(model: Box<dyn Model>, config: EngineConfig, starts: Receiver<Start>, stats: Arc<Stats>) -> Self {
+    pub(super) fn new(
+        model: Box<dyn Model>,
+        draft: Option<Draft>,
+        config: EngineConfig,
+        starts: Receiver<Start>,
+        stats: Arc<Stats>,
+    ) -> Self {
         Self {
             model,
             scheduler: Scheduler::new(config.limits, config.blocks),
@@ -142,6 +166,8 @@ impl Worker {
             speculation: config.speculation,
             prospects: Prospects::default(),
             cost: Cost::default(),
+            drafter: draft.map(Drafter::new),
+            drafts: Drafts::default(),
             guesses: Vec::new(),
             next_id: 0,
             candidates: Vec::new(),
@@ -154,13 +180,18 @@ impl Worker {
         while self.receive() {
             self.drop_abandoned();
             let mut plan = self.scheduler.plan();
+            let began = Instant::now();
             self.speculate(&mut plan);
             self.publish(&plan);
             self.begin(&plan);
             if !plan.pieces.is_empty() {
-                let began = Instant::now();
+                let stepped = Instant::now();
                 let accepted = self.step_or_drop(&plan);
-                self.note_time(&plan, accepted, began.elapsed());
+                if plan.only_decodes() {
+                    self.cost.note_step(plan.tokens(), stepped.elapsed());
+                }
+                // guesses that were wrong bring nothing nearer to its end
+                self.pace.note_step(plan.tokens() - plan.proposed() + accepted, began.elapsed());
             }
         }
     }
@@ -176,28 +207,75 @@ impl Worker {
 
     /// Adds guesses at the next tokens, as many as pay.
     fn speculate(&mut self, plan: &mut Plan) {
-        let room = self.scheduler.room_for_proposals(plan);
-        if self.speculation == Speculation::Off || room == 0 {
+        if self.speculation == Speculation::Off || self.scheduler.room_for_proposals(plan) == 0 {
             return;
         }
-        self.prospects.clear();
         for piece in &plan.pieces {
             let s = self.sequences.get_mut(&piece.seq).expect("a planned sequence is known");
             s.lookup.extend(self.scheduler.sequence(piece.seq).map_or(&[], Sequence::tokens));
-            self.prospects.add(piece.seq, s.lookup.chances().take(s.left_after_next()));
+            s.drafted = 0;
         }
-        for (id, count) in self.prospects.choose(self.speculation, plan.pieces.len(), room, &self.cost) {
-            let tokens = self.scheduler.sequence(id).map_or(&[][..], Sequence::tokens);
-            self.sequences[&id].lookup.guess(tokens, count, &mut self.guesses);
-            self.scheduler.propose(plan, id, &self.guesses);
+        self.draft(plan);
+        self.look_up(plan);
+    }
+
+    /// Guesses of the draft model, for sequences whose own text says nothing.
+    fn draft(&mut self, plan: &mut Plan) {
+        let Some(drafter) = &self.drafter else { return };
+        let unsure = plan.pieces.iter().map(|piece| (piece.seq, &self.sequences[&piece.seq]));
+        let unsure = unsure.filter(|(_, s)| !s.lookup.is_sure() && s.left_after_next() > 0);
+        let (ids, chances): (Vec<SeqId>, Vec<f64>) = unsure.map(|(id, s)| (id, s.trust.chance())).unzip();
+        let sizes = (plan.pieces.len(), self.scheduler.room_for_proposals(plan));
+        let count = self.drafts.choose(self.speculation, &chances, sizes, &self.cost, drafter.cost());
+        if count == 0 {
+            return;
+        }
+        for (id, guesses) in self.drafted(&ids, count) {
+            let s = self.sequences.get_mut(&id).expect("a planned sequence is known");
+            let most = guesses.len().min(s.left_after_next());
+            s.drafted = self.scheduler.propose(plan, id, &guesses[..most]);
         }
     }
 
-    fn note_time(&mut self, plan: &Plan, accepted: usize, time: Duration) {
-        // guesses that were wrong bring nothing nearer to its end
-        self.pace.note_step(plan.tokens() - plan.proposed() + accepted, time);
-        if plan.only_decodes() {
-            self.cost.note_step(plan.tokens(), time);
+    /// Asks the draft model. When it panics there is none from then on: answers do not need it.
+    fn drafted(&mut self, ids: &[SeqId], count: usize) -> Vec<(SeqId, Vec<u32>)> {
+        let Some(mut drafter) = self.drafter.take() else { return Vec::new() };
+        let tokens =
+            |id: &SeqId| self.scheduler.sequence(*id).map(|sequence| Wish { id: *id, tokens: sequence.tokens() });
+        let wishes: Vec<Wish<'_>> = ids.iter().filter_map(tokens).collect();
+        let (sequences, candidates, stats, vocab) =
+            (&self.sequences, &mut self.candidates, &self.stats, self.model.vocab());
+        let choose = |id: SeqId, nth: usize, logits: &[f32]| {
+            // heads of one vocabulary may be padded differently
+            sequences[&id].guess(nth, &logits[..logits.len().min(vocab)], candidates)
+        };
+        let drafted = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            drafter.draft(&wishes, count, choose, &|| stats.note_progress())
+        }));
+        match drafted {
+            Ok(drafted) => {
+                self.drafter = Some(drafter);
+                drafted
+            }
+            Err(_) => {
+                error!("the draft model panicked, and is not asked again");
+                Vec::new()
+            }
+        }
+    }
+
+    /// Guesses from the sequences' own texts.
+    fn look_up(&mut self, plan: &mut Plan) {
+        self.prospects.clear();
+        for piece in plan.pieces.iter().filter(|piece| piece.proposed == 0) {
+            let s = &self.sequences[&piece.seq];
+            self.prospects.add(piece.seq, s.lookup.chances().take(s.left_after_next()));
+        }
+        let room = self.scheduler.room_for_proposals(plan);
+        for (id, count) in self.prospects.choose(self.speculation, plan.tokens(), room, &self.cost) {
+            let tokens = self.scheduler.sequence(id).map_or(&[][..], Sequence::tokens);
+            self.sequences[&id].lookup.guess(tokens, count, &mut self.guesses);
+            self.scheduler.propose(plan, id, &self.guesses);
         }
     }
 
@@ -238,6 +316,7 @@ impl Worker {
 
     fn commit(&mut self, plan: &Plan, tokens: Vec<(SeqId, Option<Event>)>) {
         self.scheduler.advance(plan);
+        self.judge_drafts(plan, &tokens);
         let mut generated = 0;
         for (id, event) in tokens {
             let s = self.sequences.get_mut(&id).expect("a sampled sequence is known");
@@ -260,6 +339,17 @@ impl Worker {
         }
         self.stats.generated_tokens.fetch_add(generated, Relaxed);
         debug_assert!(self.scheduler.kv().is_balanced(), "free + referenced + cached = all");
+    }
+
+    /// Notes how much of what was drafted came true: what was sampled beyond one token each.
+    fn judge_drafts(&mut self, plan: &Plan, tokens: &[(SeqId, Option<Event>)]) {
+        for piece in plan.pieces.iter().filter(|piece| piece.proposed > 0) {
+            let s = self.sequences.get_mut(&piece.seq).expect("a planned sequence is known");
+            let sampled = tokens.iter().filter(|(id, _)| *id == piece.seq).count();
+            if s.drafted > 0 {
+                s.trust.note(s.drafted, sampled - 1);
+            }
+        }
     }
 
     /// Takes what has come; waits for something while there is nothing to do. False once no more can come.
@@ -323,6 +413,7 @@ impl Worker {
     fn remove(&mut self, id: SeqId) {
         self.sequences.remove(&id);
         self.scheduler.remove(id);
+        self.drafter.iter_mut().for_each(|drafter| drafter.remove(id));
     }
 
     fn publish(&self, plan: &Plan) {

@@ -11,17 +11,17 @@ use super::{
 };
 use crate::{
     config::{EngineLimits, ModelConfig, NodeConfig},
-    engine::{Engine, EngineConfig},
+    engine::{Draft, Engine, EngineConfig},
     guide::Guides,
     kernels::{Backend, cpu::Cpu},
     kv::BLOCK_TOKENS,
     machine::Memory,
     model::{self, Capacity, Model as _, Plan, Shape},
-    models::{ModelError, Store},
+    models::{ModelError, ModelRef, Store},
     sched::Limits,
     sizes,
     text::{ChatTemplate, Tokenizer},
-    weights::{Checkpoint, LoadError},
+    weights::{Checkpoint, LoadError, Quantize},
 };
 
 /// Why a model cannot be served.
@@ -71,6 +71,8 @@ pub(super) struct Measured {
     config: ModelConfig,
     checkpoint: Checkpoint,
     capacity: Capacity,
+    /// The draft model, if there is one.
+    draft: Option<(Checkpoint, Capacity)>,
     /// Weights, keys and values.
     pub(super) bytes: u64,
 }
@@ -87,8 +89,13 @@ impl Measured {
         let shape = Plan::read(&checkpoint)?.shape;
         let capacity = capacity::<Cpu>(&limits(node, &config), &shape, bytes_max)?;
         let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
-        let bytes = (sizes.loaded as u64).saturating_add(cache);
-        Ok(Self { config, checkpoint, capacity, bytes })
+        let mut bytes = (sizes.loaded as u64).saturating_add(cache);
+        let draft = config.draft.as_ref().map(|draft| open_draft(node, draft, quantize, capacity)).transpose()?;
+        let draft = draft.map(|(checkpoint, capacity, draft_bytes)| {
+            bytes = bytes.saturating_add(draft_bytes);
+            (checkpoint, capacity)
+        });
+        Ok(Self { config, checkpoint, capacity, draft, bytes })
     }
 
     /// Most tokens of prompt and answer.
@@ -98,7 +105,7 @@ impl Measured {
 
     /// Loads the model and starts its engine thread.
     pub(super) fn load(self, node: &NodeConfig, turns: &Turns) -> Result<(Loaded, JoinHandle<()>), ServeError> {
-        let Self { config, checkpoint, capacity, .. } = self;
+        let Self { config, checkpoint, capacity, draft, .. } = self;
         let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
         let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
         let model = model::load(&checkpoint, Cpu::new(node.engine.threads), capacity)?;
@@ -114,12 +121,63 @@ impl Measured {
             blocks: capacity.blocks,
             speculation: node.engine.speculation,
         };
-        let (engine, thread) = Engine::start(Box::new(model), engine);
+        let draft = draft.map(|draft| load_draft(&config, draft, &tokenizer, node, turns)).transpose()?;
+        let (engine, thread) = Engine::start(Box::new(model), draft, engine);
         let end_tokens = tokenizer.end_tokens().into();
         let guides = Guides::new(tokenizer.clone());
         let (name, context, sampling) = (config.name, capacity.context, checkpoint.recommended());
         let loaded = Loaded { name, engine, tokenizer, guides, template, context, width, device, end_tokens, sampling };
         Ok((loaded, thread))
+    }
+}
+
+/// Opens a draft model's file; it gets as many KV blocks as the model that it drafts for, and no longer context. Also gives the bytes of
+/// its weights, keys and values.
+fn open_draft(
+    node: &NodeConfig,
+    draft: &ModelRef,
+    quantize: Quantize,
+    of: Capacity,
+) -> Result<(Checkpoint, Capacity, u64), ServeError> {
+    let path = Store::open(&node.data_dir).locate(draft)?;
+    let checkpoint = Checkpoint::open(&path)?.quantized(quantize)?;
+    let shape = Plan::read(&checkpoint)?.shape;
+    let capacity = Capacity { context: of.context.min(shape.context), ..of };
+    let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
+    let bytes = (checkpoint.sizes().loaded as u64).saturating_add(cache);
+    info!(draft_model = %draft, memory_mib = bytes.div_ceil(1 << 20), "draft model");
+    Ok((checkpoint, capacity, bytes))
+}
+
+fn load_draft(
+    config: &ModelConfig,
+    (checkpoint, capacity): (Checkpoint, Capacity),
+    tokenizer: &Tokenizer,
+    node: &NodeConfig,
+    turns: &Turns,
+) -> Result<Draft, ServeError> {
+    let own = Tokenizer::from_checkpoint(&checkpoint)?;
+    check_vocabulary(&config.name, tokenizer, &own)?;
+    let model = model::load(&checkpoint, Cpu::new(node.engine.threads), capacity)?;
+    let mut model = InTurn { model, turns: turns.clone() };
+    warm_up(&mut model, &own, capacity.context);
+    Ok(Draft { model: Box::new(model), capacity })
+}
+
+/// A draft is made of token ids, so they must mean the same to both. Models of a family may pad their vocabularies differently.
+fn check_vocabulary(name: &str, model: &Tokenizer, draft: &Tokenizer) -> Result<(), LoadError> {
+    let ids = 0..model.vocab().max(draft.vocab()) as u32;
+    match ids.into_iter().find(|id| model.spelled(*id) != draft.spelled(*id)) {
+        None => Ok(()),
+        Some(id) => {
+            let shown =
+                |tokenizer: &Tokenizer| tokenizer.spelled(id).map_or("not there".into(), |token| format!("{token:?}"));
+            Err(LoadError::Config(format!(
+                "draft_model has another vocabulary than '{name}': token {id} is {} there and {} here; name a smaller model of the same family",
+                shown(draft),
+                shown(model)
+            )))
+        }
     }
 }
 
@@ -154,4 +212,37 @@ fn warm_up(model: &mut dyn model::Model, tokenizer: &Tokenizer, context: usize) 
     batch.push(&tokens, 0, &[0]);
     batch.logit_rows.push(tokens.len() as u32 - 1);
     model.forward(&batch, &|| {});
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::quantized::{GgmlDType, gguf_file::Value};
+
+    use super::*;
+    use crate::model::tiny;
+
+    /// A tokenizer whose 62nd token is spelled so.
+    fn tokenizer(odd: &str) -> Tokenizer {
+        let mut tokens: Vec<String> = (0..tiny::VOCAB).map(|i| format!("t{i}")).collect();
+        [(0, "a"), (1, "b"), (2, "ab"), (61, odd)].into_iter().for_each(|(i, token)| tokens[i] = token.into());
+        let more = [
+            ("tokenizer.ggml.model", Value::String("gpt2".into())),
+            ("tokenizer.ggml.merges", Value::Array(vec![Value::String("a b".into())])),
+            ("tokenizer.ggml.tokens", Value::Array(tokens.into_iter().map(Value::String).collect())),
+        ];
+        let file = tiny::file(1, GgmlDType::F32, &more);
+        Tokenizer::from_checkpoint(&Checkpoint::from_bytes(Path::new("t.gguf"), file.into()).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_draft_model_of_another_vocabulary_is_refused_with_what_differs() {
+        let (model, same, other) = (tokenizer("sea"), tokenizer("sea"), tokenizer("land"));
+        assert!(check_vocabulary("big", &model, &same).is_ok());
+        let error = check_vocabulary("big", &model, &other).unwrap_err().to_string();
+        for part in ["draft_model", "'big'", "token 61", "\"land\" there and \"sea\" here"] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+    }
 }

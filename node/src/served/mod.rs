@@ -114,7 +114,7 @@ impl Models {
         for model in self.shared.config.models.iter().filter(|model| model.load == LoadWhen::Start) {
             let asked = self.lock().table.ask(Some(&model.name), Instant::now());
             if let Ok(Asked::Begin(model)) = asked {
-                self.bring_in(model).await?;
+                self.bring_in(*model).await?;
             }
         }
         self.lock().started = true;
@@ -155,7 +155,7 @@ impl Models {
                 Asked::Begin(model) => {
                     let models = self.clone();
                     // a task of its own: the load goes on when this asker leaves
-                    tokio::spawn(async move { models.bring_in(model).await });
+                    tokio::spawn(async move { models.bring_in(*model).await });
                 }
                 Asked::Wait => {}
             }

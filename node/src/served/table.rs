@@ -60,7 +60,7 @@ pub(super) enum Asked<T> {
     /// Nothing yet: the table will change.
     Wait,
     /// Nothing yet, and the asker must have it loaded.
-    Begin(ModelConfig),
+    Begin(Box<ModelConfig>),
 }
 
 /// Why it gets nothing.
@@ -169,7 +169,7 @@ impl<T> Table<T> {
         match self.entry_mut(&config.name) {
             Some(entry) if entry.config.model == config.model => Ok(()),
             Some(entry) if matches!(entry.state, State::Unloaded | State::Failed { .. }) => {
-                entry.config.model = config.model;
+                (entry.config.model, entry.config.draft) = (config.model, config.draft);
                 (entry.context, entry.failures) = (None, 0);
                 Ok(())
             }
@@ -325,7 +325,7 @@ impl<T> Entry<T> {
             State::Unloaded | State::Failed { .. } => {}
         }
         self.state = State::Loading { bytes: 0 };
-        Ok(Asked::Begin(self.config.clone()))
+        Ok(Asked::Begin(Box::new(self.config.clone())))
     }
 
     fn next_pause(&mut self) -> Duration {

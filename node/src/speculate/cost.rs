@@ -44,6 +44,11 @@ impl Cost {
         }
     }
 
+    /// Whether a step has been seen.
+    pub fn is_measured(&self) -> bool {
+        self.weight > 0.0
+    }
+
     /// How long a step of so many rows takes; before the first one in an unknown unit. Never less for more rows, nor more for each of
     /// them.
     pub fn seconds(&self, rows: usize) -> f64 {

@@ -71,6 +71,11 @@ impl Lookup {
         self.found.into_iter().flat_map(|found| (found.len..).map(|len| self.rates.chance(len)))
     }
 
+    /// Whether there is a guess that is likelier right than wrong.
+    pub fn is_sure(&self) -> bool {
+        self.chances().next().is_some_and(|chance| chance > 0.5)
+    }
+
     /// Guesses at the next `count` tokens. A match that reaches the sequence's end goes on into the guesses: it repeats itself.
     pub fn guess(&self, tokens: &[u32], count: usize, out: &mut Vec<u32>) {
         out.clear();

@@ -16,12 +16,16 @@
 //! - What a row costs is measured too ([`Cost`]): a line through steps' rows and times.
 //! - Of all guesses for a step, the likeliest are taken, as many as make most expected tokens a second ([`Prospects`]). Where a
 //!   row costs as much as a token is worth, as in a full batch on a CPU, next to none are.
+//! - Where the text says nothing and a draft model is configured, it guesses, when its own measured time and rate of right guesses say
+//!   that it pays ([`Drafts`]).
 //! - Steps that catch up on prompts get none: they are as large as they may be, and a row saves no more than it costs.
 
 mod cost;
+mod drafts;
 mod lookup;
 
 pub use cost::Cost;
+pub use drafts::{DRAFTED_MAX, Drafts, Trust};
 pub use lookup::Lookup;
 
 use crate::sched::SeqId;
@@ -33,7 +37,7 @@ pub const GUESSES_MAX: usize = 15;
 const CHANCE_MIN: f64 = 0.05;
 
 /// A step is worth guesses when they make so many times as many tokens a second; less is within the error of what is measured.
-const GAIN_MIN: f64 = 1.02;
+pub(crate) const GAIN_MIN: f64 = 1.02;
 
 /// Whether next tokens are guessed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
