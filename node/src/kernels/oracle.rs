@@ -62,16 +62,16 @@ fn error(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn the_fast_form_is_close_to_the_reference_for_every_type() {
-    // (type, tolerance): int8 activations cost about a percent where weights are packed, f16 caches a thousandth everywhere
+    // (type, tolerance): int8 activations cost up to three percent where weights are packed, f16 caches a thousandth everywhere
     let types = [
         (GgmlDType::F32, 2e-3),
         (GgmlDType::F16, 2e-3),
         (GgmlDType::BF16, 2e-3),
-        (GgmlDType::Q4_0, 3e-2),
-        (GgmlDType::Q4_1, 3e-2),
-        (GgmlDType::Q5_0, 2e-3),
-        (GgmlDType::Q5_1, 2e-3),
-        (GgmlDType::Q8_0, 3e-2),
+        (GgmlDType::Q4_0, 4e-2),
+        (GgmlDType::Q4_1, 4e-2),
+        (GgmlDType::Q5_0, 4e-2),
+        (GgmlDType::Q5_1, 4e-2),
+        (GgmlDType::Q8_0, 4e-2),
     ];
     for (dtype, tolerance) in types {
         let file = tiny::llama(7, dtype);
@@ -80,7 +80,8 @@ fn the_fast_form_is_close_to_the_reference_for_every_type() {
     for dtype in [GgmlDType::Q2K, GgmlDType::Q3K, GgmlDType::Q4K, GgmlDType::Q5K, GgmlDType::Q6K] {
         // these have blocks of 256 values
         let file = Tiny::new(Architecture::Llama).wide().build(7, dtype);
-        compare(&format!("{dtype:?}"), &file, 2e-3);
+        let is_packed = !matches!(dtype, GgmlDType::Q2K | GgmlDType::Q3K);
+        compare(&format!("{dtype:?}"), &file, if is_packed { 4e-2 } else { 2e-3 });
     }
 }
 

@@ -24,6 +24,19 @@ fn add_lanes(lanes: [f32; LANES]) -> f32 {
 }
 
 #[inline(always)]
+fn max_lanes(lanes: [f32; LANES]) -> f32 {
+    let mut tops = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            tops[i] = if tops[i] > tops[i + width] { tops[i] } else { tops[i + width] };
+        }
+        width /= 2;
+    }
+    tops[0]
+}
+
+#[inline(always)]
 fn dot_body(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (a_whole, a_rest) = a.as_chunks::<LANES>();
@@ -159,28 +172,40 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    /// Quantizes a row in blocks of [`QUANT_BLOCK`]: `q * scale` is the value; `sums` is scale times the sum of each block's `q`.
-    pub(crate) fn quantize(x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [f32]) {
+    /// Quantizes a row in blocks of [`QUANT_BLOCK`]: `q * scale` is the value, `sums` is scale times the sum of each block's `q`, `less` is
+    /// minus that sum without the scale, and `less_halves` the same of each half block.
+    pub(crate) fn quantize(
+        x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [f32], less: &mut [i32], less_halves: &mut [i32],
+    ) {
         let (x, _) = x.as_chunks::<QUANT_BLOCK>();
         let (q, _) = q.as_chunks_mut::<QUANT_BLOCK>();
-        for (((x, q), scale), sum) in x.iter().zip(q).zip(scales).zip(sums) {
+        let (less_halves, _) = less_halves.as_chunks_mut::<2>();
+        for (b, (x, q)) in x.iter().zip(q).enumerate() {
             let mut tops = [0.0f32; LANES];
             for i in 0..LANES {
                 let (a, b) = (x[i].abs(), x[i + LANES].abs());
                 tops[i] = if a > b { a } else { b };
             }
-            let top = tops.iter().copied().fold(0.0, f32::max);
+            let top = max_lanes(tops);
             // below this the inverse would be infinite, and the values are nothing beside any other
             let inverse = if top > 1e-30 { 127.0 / top } else { 0.0 };
             let magic = 12_582_912.0f32;
-            let mut total = 0i32;
-            for i in 0..QUANT_BLOCK {
-                let n = (x[i] * inverse + magic - magic) as i32;
-                q[i] = n as i8;
-                total += n;
+            let mut totals = [[0i32; LANES]; 2];
+            for half in 0..2 {
+                for i in 0..LANES {
+                    let n = x[half * LANES + i] * inverse + magic;
+                    // the whole number stands in the lowest bits
+                    let n = n.to_bits() as i32 - magic.to_bits() as i32;
+                    q[half * LANES + i] = n as i8;
+                    totals[half][i] = n;
+                }
             }
-            *scale = top / 127.0;
-            *sum = *scale * total as f32;
+            let halves = totals.map(|lanes| lanes.iter().sum::<i32>());
+            let total = halves[0] + halves[1];
+            scales[b] = top / 127.0;
+            sums[b] = scales[b] * total as f32;
+            less[b] = -total;
+            less_halves[b] = halves.map(|half| -half);
         }
     }
 }
@@ -215,8 +240,9 @@ mod tests {
                 });
                 let whole = x.len() / QUANT_BLOCK;
                 let (mut q, mut scales, mut sums) = (vec![0i8; whole * QUANT_BLOCK], vec![0.0f32; whole], vec![0.0f32; whole]);
-                quantize(isa, &x, &mut q, &mut scales, &mut sums);
-                (soft, normed.clone(), gated, dot(isa, &x, &normed), q, scales, sums)
+                let (mut less, mut halves) = (vec![0; whole], vec![0; 2 * whole]);
+                quantize(isa, &x, &mut q, &mut scales, &mut sums, &mut less, &mut halves);
+                (soft, normed.clone(), gated, dot(isa, &x, &normed), (q, scales, sums, less, halves))
             });
             let results: Vec<_> = results.collect();
             prop_assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
@@ -224,8 +250,10 @@ mod tests {
 
         #[test]
         fn a_quantized_row_is_within_half_a_step(x in prop::collection::vec(-9.0f32..9.0, 32..=32)) {
-            let (mut q, mut scale, mut sum) = ([0i8; 32], [0.0f32], [0.0f32]);
-            quantize(Isa::detect(), &x, &mut q, &mut scale, &mut sum);
+            let (mut q, mut scale, mut sum, mut less, mut halves) = ([0i8; 32], [0.0f32], [0.0f32], [0], [0; 2]);
+            quantize(Isa::detect(), &x, &mut q, &mut scale, &mut sum, &mut less, &mut halves);
+            let total = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>();
+            prop_assert_eq!((less[0], halves), (-total(&q), [-total(&q[..16]), -total(&q[16..])]));
             for (x, q) in x.iter().zip(q) {
                 prop_assert!((x - f32::from(q) * scale[0]).abs() <= scale[0] * 0.501);
             }

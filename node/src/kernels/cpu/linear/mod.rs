@@ -1,0 +1,377 @@
+//! Matrix products. Weights are packed once, in the order in which the kernels read them; activations are quantized once for all parts
+//! of a matrix that want them so. The products of int8 are exact and what follows is fused in one order everywhere, so every
+//! instruction set gives the same bits, and one row's result is the same whatever rows are beside it.
+
+mod blocks;
+mod floats;
+mod portable;
+mod quantized;
+mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use std::{cell::RefCell, ops::Range};
+
+use self::{
+    floats::FloatTiles,
+    quantized::{QuantizedRows, View},
+    tiles::{TILE_COLS, TILE_ROWS, Tiles},
+};
+use super::{Rows, Shared, isa::Isa, memory::Arena, pool::Pool, rowwise};
+use crate::{
+    kernels::{Activation, Norm},
+    weights::Weight,
+};
+
+/// Bytes of weights that a thread takes at a time: they stay in the first-level cache while the rows pass by.
+const TURN_BYTES: usize = 20 << 10;
+
+/// Rows of activations that pass by a turn of weights before the next ones: they stay in the first-level cache too.
+const ROWS_A_PASS: usize = 16;
+
+/// Rows of weights without a packed form that a thread takes at a time.
+const STORED_ROWS_A_TURN: usize = 16;
+
+/// Rows of activations that a thread prepares at a time.
+const STAGED_ROWS_A_TURN: usize = 4;
+
+/// Weights of one or more matrices whose outputs stand side by side, and a bias, `[N]` or empty.
+#[derive(Debug)]
+pub struct Matrix {
+    parts: Vec<Part>,
+    bias: Vec<f32>,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+#[derive(Debug)]
+enum Part {
+    /// Multiplied with int8 activations.
+    Tiles(Tiles),
+    /// Multiplied with f32 activations.
+    Floats(FloatTiles),
+    /// As the file has it, dequantized row by row as it is used.
+    Stored(Weight),
+}
+
+/// Where the rows of a product come from.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// As they are.
+    Plain(&'a Rows),
+    /// `norm(x)`
+    Normed(&'a Rows, &'a Norm),
+    /// `norm(x[rows])`
+    Picked(&'a Rows, &'a [u32], &'a Norm),
+    /// `activation(gate) * up` of rows `[gate, up]`
+    Gated(&'a Rows, Activation),
+}
+
+/// Columns of the outputs: all of a part's, or 16 of them, or as many as there are.
+#[derive(Clone, Copy)]
+struct Target {
+    /// The first row's.
+    at: *mut f32,
+    /// From row to row.
+    stride: usize,
+    lanes: usize,
+    /// Whether to add to what is there.
+    add: bool,
+}
+
+// SAFETY: threads that share a target write to different columns
+unsafe impl Send for Target {}
+// SAFETY: as above
+unsafe impl Sync for Target {}
+
+/// What multiplies.
+pub(super) struct Cores {
+    pub(super) isa: Isa,
+    pub(super) pool: Pool,
+    threads: usize,
+    arena: Arena,
+    quantized: QuantizedRows,
+    floats: Rows,
+}
+
+thread_local! {
+    /// One row of weights or activations.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Part {
+    fn pack(weight: Weight, threads: usize, arena: &Arena) -> Self {
+        if let Some(tiles) = Tiles::pack(&weight, threads, arena) {
+            return Self::Tiles(tiles);
+        }
+        FloatTiles::pack(&weight, arena).map_or(Self::Stored(weight), Self::Floats)
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Self::Tiles(tiles) => tiles.rows(),
+            Self::Floats(tiles) => tiles.rows(),
+            Self::Stored(weight) => weight.rows(),
+        }
+    }
+
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        match self {
+            Self::Tiles(tiles) => tiles.dequantize_row(row, out),
+            Self::Floats(tiles) => tiles.dequantize_row(row, out),
+            Self::Stored(weight) => weight.dequantize_row(row, out),
+        }
+    }
+}
+
+impl Matrix {
+    /// One row of the first part as f32, `out[K]`.
+    pub(super) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        self.parts[0].dequantize_row(row, out);
+    }
+}
+
+impl<'a> Source<'a> {
+    fn count(&self) -> usize {
+        match self {
+            Self::Plain(x) | Self::Normed(x, _) | Self::Gated(x, _) => x.count(),
+            Self::Picked(_, rows, _) => rows.len(),
+        }
+    }
+
+    fn width(&self) -> usize {
+        match self {
+            Self::Plain(x) | Self::Normed(x, _) | Self::Picked(x, ..) => x.width,
+            Self::Gated(x, _) => x.width / 2,
+        }
+    }
+
+    /// Row `i`, perhaps made in `scratch[width]`.
+    fn row<'b>(&'b self, isa: Isa, i: usize, scratch: &'b mut [f32]) -> &'b [f32] {
+        let (x, norm) = match self {
+            Self::Plain(x) => return x.row(i),
+            Self::Gated(x, activation) => {
+                let (gate, up) = x.row(i).split_at(x.width / 2);
+                rowwise::gate_mul(isa, *activation, gate, up, scratch);
+                return scratch;
+            }
+            Self::Normed(x, norm) => (x.row(i), norm),
+            Self::Picked(x, rows, norm) => (x.row(rows[i] as usize), norm),
+        };
+        rowwise::rms_norm(isa, x, &norm.gains, norm.epsilon, scratch);
+        scratch
+    }
+}
+
+impl Target {
+    /// The columns of one row of tiles, of `columns` in all.
+    fn columns(self, tile_row: usize, columns: usize) -> Self {
+        let first = tile_row * TILE_ROWS;
+        Self { at: self.at.wrapping_add(first), lanes: TILE_ROWS.min(columns - first), ..self }
+    }
+
+    /// The rows from `row` on.
+    fn from(self, row: usize) -> Self {
+        Self { at: self.row(row), ..self }
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> *mut f32 {
+        self.at.wrapping_add(row * self.stride)
+    }
+
+    /// Writes or adds 16 sums, or as many as there are lanes.
+    ///
+    /// # Safety
+    /// Row `row` has these lanes, and nobody else touches them now.
+    #[inline(always)]
+    unsafe fn put(&self, row: usize, sums: &[f32; TILE_ROWS]) {
+        // SAFETY: the caller's promise
+        let out = unsafe { std::slice::from_raw_parts_mut(self.row(row), self.lanes) };
+        if self.add {
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        } else {
+            out.copy_from_slice(&sums[..self.lanes]);
+        }
+    }
+}
+
+impl View {
+    /// The rows from `row` on, of `blocks` blocks each.
+    #[inline(always)]
+    fn from(self, row: usize, blocks: usize) -> Self {
+        let at = row * blocks;
+        Self {
+            q: self.q.wrapping_add(at * TILE_COLS),
+            scales: self.scales.wrapping_add(at),
+            sums: self.sums.wrapping_add(at),
+            less: self.less.wrapping_add(at),
+            less_halves: self.less_halves.wrapping_add(2 * at),
+        }
+    }
+}
+
+impl Cores {
+    pub(super) fn new(isa: Isa, threads: usize) -> Self {
+        Self {
+            isa,
+            pool: Pool::new(threads),
+            threads,
+            arena: Arena::default(),
+            quantized: QuantizedRows::default(),
+            floats: Rows::default(),
+        }
+    }
+
+    /// Weights as the kernels read them; several matrices of equal `K` become one whose outputs stand side by side.
+    pub(super) fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Matrix {
+        let cols = parts[0].cols();
+        debug_assert!(parts.iter().all(|p| p.cols() == cols), "matrices side by side have equal inputs");
+        let parts: Vec<Part> = parts.into_iter().map(|w| Part::pack(w, self.threads, &self.arena)).collect();
+        let rows = parts.iter().map(Part::rows).sum();
+        debug_assert!(bias.is_empty() || bias.len() == rows, "a bias is as long as all outputs");
+        Matrix { parts, bias, rows, cols }
+    }
+
+    /// `out = x @ W^T + bias`
+    pub(super) fn multiply(&mut self, x: Source, w: &Matrix, out: &mut Rows) {
+        out.resize(x.count(), w.rows);
+        if w.bias.is_empty() {
+            return self.product(x, w, &mut out.values, false);
+        }
+        out.values.chunks_exact_mut(w.rows).for_each(|row| row.copy_from_slice(&w.bias));
+        self.product(x, w, &mut out.values, true);
+    }
+
+    /// `out += x @ W^T + bias`
+    pub(super) fn multiply_add(&mut self, x: Source, w: &Matrix, out: &mut Rows) {
+        debug_assert_eq!(out.values.len(), x.count() * w.rows, "products fit what they are added to");
+        if !w.bias.is_empty() {
+            let rows = out.values.chunks_exact_mut(w.rows);
+            rows.for_each(|row| rowwise::scaled_add(self.isa, &w.bias, 1.0, row));
+        }
+        self.product(x, w, &mut out.values, true);
+    }
+
+    /// `out = x @ W^T`, written over or added to what is there.
+    fn product(&mut self, x: Source, w: &Matrix, out: &mut [f32], add: bool) {
+        assert!(x.width() == w.cols && out.len() == x.count() * w.rows, "activations and outputs fit the weights");
+        self.stage(x, w);
+        let mut column = 0;
+        for part in &w.parts {
+            // SAFETY: the part's columns lie within each row of the outputs
+            let target = Target { at: unsafe { out.as_mut_ptr().add(column) }, stride: w.rows, lanes: 0, add };
+            match part {
+                Part::Tiles(tiles) => self.multiply_tiles(tiles, x.count(), target),
+                Part::Floats(tiles) => self.multiply_floats(tiles, target),
+                Part::Stored(weight) => self.multiply_stored(weight, target),
+            }
+            column += part.rows();
+        }
+    }
+
+    /// Prepares the rows in each form that a part of the matrix wants.
+    fn stage(&mut self, x: Source, w: &Matrix) {
+        let has_tiles = w.parts.iter().any(|p| matches!(p, Part::Tiles(_)));
+        let has_others = w.parts.iter().any(|p| !matches!(p, Part::Tiles(_)));
+        let (isa, width) = (self.isa, x.width());
+        self.quantized.resize(if has_tiles { x.count() } else { 0 }, width);
+        self.floats.resize(if has_others { x.count() } else { 0 }, width);
+        let (places, floats) = (self.quantized.places(), Shared(self.floats.values.as_mut_ptr()));
+        self.pool.for_each(x.count(), STAGED_ROWS_A_TURN, |range| {
+            let floats = &floats;
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(width, 0.0);
+                for i in range {
+                    let row = x.row(isa, i, scratch);
+                    if has_tiles {
+                        // SAFETY: row `i` belongs to this range alone
+                        unsafe { places.row(i) }.fill(isa, row);
+                    }
+                    if has_others {
+                        // SAFETY: as above
+                        unsafe { floats.slice(i * width, width) }.copy_from_slice(row);
+                    }
+                }
+            });
+        });
+    }
+
+    fn multiply_tiles(&mut self, tiles: &Tiles, rows: usize, out: Target) {
+        let job = Job { isa: self.isa, tiles, x: self.quantized.view(), out };
+        let turn = (TURN_BYTES / tiles.row_bytes()).max(1);
+        self.pool.for_each(tiles.tile_rows(), turn, |range| {
+            for row in (0..rows).step_by(ROWS_A_PASS) {
+                for tile_row in range.clone() {
+                    // SAFETY: these columns belong to this range alone
+                    unsafe { job.pass(tile_row, row..rows.min(row + ROWS_A_PASS)) };
+                }
+            }
+        });
+    }
+
+    fn multiply_floats(&mut self, tiles: &FloatTiles, out: Target) {
+        let (isa, x) = (self.isa, &self.floats.values);
+        let turn = (TURN_BYTES / tiles.row_bytes()).max(1);
+        self.pool.for_each(tiles.rows().div_ceil(TILE_ROWS), turn, |range| {
+            for tile_row in range {
+                // SAFETY: these columns belong to this range alone
+                unsafe { tiles.multiply(isa, tile_row, x, out.columns(tile_row, tiles.rows())) };
+            }
+        });
+    }
+
+    fn multiply_stored(&mut self, weight: &Weight, out: Target) {
+        let (isa, x) = (self.isa, &self.floats);
+        self.pool.for_each(weight.rows(), STORED_ROWS_A_TURN, |range| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(weight.cols(), 0.0);
+                for n in range {
+                    weight.dequantize_row(n, scratch);
+                    for row in 0..x.count() {
+                        let product = rowwise::dot(isa, x.row(row), scratch);
+                        // SAFETY: column `n` belongs to this range alone
+                        let at = unsafe { &mut *out.row(row).wrapping_add(n) };
+                        *at = if out.add { *at + product } else { product };
+                    }
+                }
+            });
+        });
+    }
+}
+
+/// One product of tiles and quantized rows.
+struct Job<'a> {
+    isa: Isa,
+    tiles: &'a Tiles,
+    x: View,
+    out: Target,
+}
+
+impl Job<'_> {
+    /// One row of tiles times rows `rows`.
+    ///
+    /// # Safety
+    /// The rows are there in both `x` and `out`, and nobody else touches these columns of the outputs now.
+    unsafe fn pass(&self, tile_row: usize, rows: Range<usize>) {
+        let Tiles { format, blocks, .. } = *self.tiles;
+        let tile = self.tiles.tile_row(tile_row);
+        let x = self.x.from(rows.start, blocks);
+        let out = self.out.columns(tile_row, self.tiles.rows()).from(rows.start);
+        // SAFETY: the caller's promises; a value of `Isa` exists only where its instructions do
+        unsafe {
+            match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512Vnni => avx512::multiply(format, tile, blocks, x, rows.len(), out),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => avx2::multiply(format, tile, blocks, x, rows.len(), out),
+                Isa::Portable => portable::multiply(format, tile, blocks, x, rows.len(), out),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
