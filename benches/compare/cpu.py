@@ -98,11 +98,10 @@ class Engine:
         get = lambda name: self.report.get("engine", name)
         measures = ["prefill"] + [f"decode {level}" for level in LEVELS]
         for peer in self.peers:
-            rows = [[f"{form} {m}", spread(get(f"ours {form} {m}")), spread(get(f"{peer} {form} {m}")),
-                     spread(ratios(get(f"ours {form} {m}"), get(f"{peer} {form} {m}")), 2)] for form in self.files for m in measures]
+            beside = lambda label, ours, theirs: [label, spread(ours), spread(theirs), spread(ratios(ours, theirs), 2)]
+            rows = [beside(f"{form} {m}", get(f"ours {form} {m}"), get(f"{peer} {form} {m}")) for form in self.files for m in measures]
             # what we make of the default file against the format that llama.cpp is best at
-            rows += [[f"Q4_1 : Q4_0 {m}", spread(get(f"ours Q4_1 {m}")), spread(get(f"{peer} Q4_0 {m}")),
-                      spread(ratios(get(f"ours Q4_1 {m}"), get(f"{peer} Q4_0 {m}")), 2)] for m in measures]
+            rows += [beside(f"Q4_1 : Q4_0 {m}", get(f"ours Q4_1 {m}"), get(f"{peer} Q4_0 {m}")) for m in measures]
             title = f"Engine: tokens/s, prompt of {PREFILL} and decode of so many sequences at {BEHIND} positions; llama.cpp {peer}"
             table(title, ["", "ours", "llama.cpp", "ratio"], rows)
         rows = [self.share(form, m) for form in self.files for m in ("decode", "prefill")]
@@ -161,8 +160,8 @@ class Served:
             rows = [[name, *self.row(get("ours", name, what), get("theirs", name, what))] for name in SERVED]
             table(f"Server, {self.model.name}: {title}", ["streams", "ours", f"llama.cpp {self.peer}", "ratio"], rows)
         sizes = {name: get("ours", name, "prompt tokens")[-1] for name in SERVED}
-        print(f"  prompts of {sizes['1']:.0f} tokens, {sizes['32 with a prefix']:.0f} with the prefix; {ANSWER} tokens out; llama-server with {SLOTS} "
-              f"slots of {POSITIONS} positions; a node with its defaults")
+        print(f"  prompts of {sizes['1']:.0f} tokens, {sizes['32 with a prefix']:.0f} with the prefix; {ANSWER} tokens out; "
+              f"llama-server with {SLOTS} slots of {POSITIONS} positions; a node with its defaults")
         print("  peak: VmHWM, " + ("counted anew at each level" if self.counts_peaks else "since the start of the round (levels ascend)"))
 
     def row(self, ours, theirs):
@@ -246,8 +245,8 @@ def parse():
     parser.add_argument("--minutes", type=float, default=15, help="no round begins that would end later, but for the first")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part alone; may be given twice")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of either side [all cores]")
-    parser.add_argument("--llama", default="auto", help="builds of llama.cpp, comma between: native, no-amx; the first one serves [auto: native "
-                        "unless it dies]")
+    parser.add_argument("--llama", default="auto", help="builds of llama.cpp, comma between: native, no-amx; the first one serves "
+                        "[auto: native unless it dies]")
     parser.add_argument("--tidegate", type=pathlib.Path, default=ROOT / "target/release/tidegate")
     parser.add_argument("--engine", type=pathlib.Path, help="a program of benches/engine [built by cargo bench]")
     parser.add_argument("--port", type=int, default=18870, help="the first of four ports on loopback")
@@ -288,7 +287,7 @@ def main():
             "edge": lambda: Edge(args, report, files)}
     running = {part: make[part]() for part in PARTS if part in (args.only or PARTS)}
     rounds = run_rounds(running, args)
-    print(f"\n{processor()}, {args.threads} threads, {rounds} rounds, llama.cpp of {llama.PACKAGE} {llama.VERSION} ({', '.join(peers)})")
+    print(f"\n{processor()}, {args.threads} threads, {rounds} rounds, {llama.PACKAGE} {llama.VERSION} ({', '.join(peers)})")
     for part in running.values():
         part.print()
     out = args.cache / "result.json"
