@@ -52,6 +52,9 @@ pub struct CacheShape {
 }
 
 /// How keys and values are kept.
+///
+/// What it costs, on SmolLM2-135M in Q4_1 (perplexity 26.71 with f16, over 7,873 tokens of English prose in windows of 512): `Bf16`
+/// -0.10 % and `Int8` +0.15 % of perplexity, with standard errors of 0.10 % and 0.12 %; `Int8` holds 1.88 times the tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KvDtype {
     /// 16 bits; 11 of them for precision.
