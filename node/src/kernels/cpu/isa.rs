@@ -1,8 +1,11 @@
-//! Which instructions this machine has. Found once at start; part of the device class, since answers are equal within one class.
+//! Which instructions this machine has. Found once at start; every form gives the same bits.
 
 /// Instruction sets with a form of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 with VNNI and the tile unit's int8 products.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512 with VNNI: int8 products.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -26,7 +29,7 @@ impl Isa {
             let avx2 =
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
             if vnni && avx2 {
-                return Self::Avx512Vnni;
+                return if super::linear::amx::is_permitted() { Self::Amx } else { Self::Avx512Vnni };
             }
             if avx2 {
                 return Self::Avx2;
@@ -37,27 +40,27 @@ impl Isa {
 
     /// Every set that this machine can run, widest first.
     pub fn all_here() -> Vec<Self> {
-        let mut all = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
-        match Self::detect() {
-            Self::Avx512Vnni => all.splice(0..0, [Self::Avx512Vnni, Self::Avx2]).for_each(drop),
-            Self::Avx2 => all.insert(0, Self::Avx2),
-            Self::Portable => {}
-        }
-        all
+        let all = [Self::Amx, Self::Avx512Vnni, Self::Avx2, Self::Portable];
+        #[cfg(not(target_arch = "x86_64"))]
+        let all = [Self::Portable];
+        let widest = all.iter().position(|isa| *isa == Self::detect()).unwrap_or_default();
+        all[widest..].to_vec()
     }
 
     /// Whether it has registers for sixteen sums of sixteen values; else for four.
     pub(super) fn has_many_registers(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self == Self::Avx512Vnni;
+        return matches!(self, Self::Amx | Self::Avx512Vnni);
         #[cfg(not(target_arch = "x86_64"))]
         false
     }
 
-    /// Its word in the device class.
+    /// Its name.
     pub fn name(self) -> &'static str {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
@@ -92,7 +95,9 @@ macro_rules! for_each_isa {
             match isa {
                 // SAFETY: this value of `Isa` exists only where the features were detected
                 #[cfg(target_arch = "x86_64")]
-                $crate::kernels::cpu::isa::Isa::Avx512Vnni => unsafe { avx512($($arg),*) },
+                $crate::kernels::cpu::isa::Isa::Amx | $crate::kernels::cpu::isa::Isa::Avx512Vnni => unsafe {
+                    avx512($($arg),*)
+                },
                 // SAFETY: as above
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },

@@ -1,4 +1,4 @@
-//! The fast form on CPUs: packed int8 products where the machine has them, plain f32 products elsewhere and for every other format.
+//! The fast form on CPUs: the widest instructions that the machine has, and the same bits on each of them.
 
 pub mod isa;
 mod memory;
@@ -96,7 +96,9 @@ impl Rows {
 impl Cpu {
     /// A device of `threads` threads on the widest instructions that the machine has.
     pub fn new(threads: usize) -> Self {
-        Self::with_isa(threads, Isa::detect())
+        let isa = Isa::detect();
+        tracing::info!(instructions = isa.name(), threads, "the CPU computes");
+        Self::with_isa(threads, isa)
     }
 
     /// A device on given instructions, for tests that compare them.
@@ -123,7 +125,8 @@ impl Backend for Cpu {
     type Cache = Cache;
 
     fn class(&self) -> String {
-        format!("cpu-{}", self.cores.isa.name())
+        // whatever the instructions, the bits are the same
+        "cpu".to_owned()
     }
 
     fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Matrix {

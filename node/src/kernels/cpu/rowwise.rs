@@ -1,7 +1,10 @@
 //! What works on one row of activations: norm, gate, dot product, quantization to int8. Sums run over 16 lanes in a fixed order, so
 //! a row's result is the same bits on every instruction set.
 
-use super::isa::{Isa, for_each_isa};
+use super::{
+    isa::{Isa, for_each_isa},
+    simd::{self, Kernel, Simd},
+};
 use crate::kernels::Activation;
 
 /// Lanes of a sum; the width of an AVX-512 register of f32.
@@ -171,43 +174,70 @@ for_each_isa! {
     }
 }
 
-for_each_isa! {
-    /// Quantizes a row in blocks of [`QUANT_BLOCK`]: `q * scale` is the value, `sums` is scale times the sum of each block's `q`, `less` is
-    /// minus that sum without the scale, and `less_halves` the same of each half block.
-    pub(crate) fn quantize(
-        x: &[f32], q: &mut [i8], scales: &mut [f32], sums: &mut [f32], less: &mut [i32], less_halves: &mut [i32],
-    ) {
-        let (x, _) = x.as_chunks::<QUANT_BLOCK>();
-        let (q, _) = q.as_chunks_mut::<QUANT_BLOCK>();
-        let (less_halves, _) = less_halves.as_chunks_mut::<2>();
-        for (b, (x, q)) in x.iter().zip(q).enumerate() {
-            let mut tops = [0.0f32; LANES];
-            for i in 0..LANES {
-                let (a, b) = (x[i].abs(), x[i + LANES].abs());
-                tops[i] = if a > b { a } else { b };
-            }
-            let top = max_lanes(tops);
-            // below this the inverse would be infinite, and the values are nothing beside any other
-            let inverse = if top > 1e-30 { 127.0 / top } else { 0.0 };
-            let magic = 12_582_912.0f32;
-            let mut totals = [[0i32; LANES]; 2];
-            for half in 0..2 {
-                for i in 0..LANES {
-                    let n = x[half * LANES + i] * inverse + magic;
-                    // the whole number stands in the lowest bits
-                    let n = n.to_bits() as i32 - magic.to_bits() as i32;
-                    q[half * LANES + i] = n as i8;
-                    totals[half][i] = n;
-                }
-            }
-            let halves = totals.map(|lanes| lanes.iter().sum::<i32>());
-            let total = halves[0] + halves[1];
-            scales[b] = top / 127.0;
-            sums[b] = scales[b] * total as f32;
-            less[b] = -total;
-            less_halves[b] = halves.map(|half| -half);
-        }
+/// Where one block of quantized values goes.
+pub(crate) struct BlockMut<'a> {
+    pub(crate) q: &'a mut [i8; QUANT_BLOCK],
+    /// `q * scale` is the value.
+    pub(crate) scale: &'a mut f32,
+    /// The scale times the sum of `q`.
+    pub(crate) sum: &'a mut f32,
+    /// Minus the sum of `q`.
+    pub(crate) less: &'a mut i32,
+    /// The same of each half.
+    pub(crate) less_halves: &'a mut [i32; 2],
+}
+
+/// Quantizes a row; `place` tells where each block goes.
+pub(crate) fn quantize<'a>(isa: Isa, x: &[[f32; QUANT_BLOCK]], place: impl Fn(usize) -> BlockMut<'a>) {
+    simd::run(isa, Quantize { x, place });
+}
+
+struct Quantize<'x, P> {
+    x: &'x [[f32; QUANT_BLOCK]],
+    place: P,
+}
+
+impl<'a, P: Fn(usize) -> BlockMut<'a>> Kernel for Quantize<'_, P> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) {
+        self.x.iter().enumerate().for_each(|(b, x)| quantize_block(x, (self.place)(b)));
     }
+}
+
+#[inline(always)]
+fn quantize_block(x: &[f32; QUANT_BLOCK], to: BlockMut) {
+    let mut tops = [0.0f32; LANES];
+    for i in 0..LANES {
+        let (a, b) = (x[i].abs(), x[i + LANES].abs());
+        tops[i] = if a > b { a } else { b };
+    }
+    let top = max_lanes(tops);
+    // below this the inverse would be infinite, and the values are nothing beside any other
+    let inverse = if top > 1e-30 { 127.0 / top } else { 0.0 };
+    // adding 1.5 * 2^23 rounds to the nearest whole number, which then stands in the lowest bits
+    let magic = 12_582_912.0f32;
+    let mut whole = [0i32; QUANT_BLOCK];
+    for i in 0..QUANT_BLOCK {
+        whole[i] = (x[i] * inverse + magic).to_bits() as i32 - magic.to_bits() as i32;
+        to.q[i] = whole[i] as i8;
+    }
+    let halves = [sum_whole(&whole[..LANES]), sum_whole(&whole[LANES..])];
+    let total = halves[0] + halves[1];
+    *to.scale = top / 127.0;
+    *to.sum = *to.scale * total as f32;
+    *to.less = -total;
+    *to.less_halves = halves.map(|half| -half);
+}
+
+#[inline(always)]
+fn sum_whole(values: &[i32]) -> i32 {
+    let mut sum = 0;
+    for value in values {
+        sum += value;
+    }
+    sum
 }
 
 #[cfg(test)]
@@ -215,6 +245,32 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    type Quantized = ([i8; QUANT_BLOCK], f32, f32, i32, [i32; 2]);
+
+    /// The whole blocks of a row.
+    fn quantized(isa: Isa, x: &[f32]) -> Vec<Quantized> {
+        let quantize_one = |x: &[f32; QUANT_BLOCK]| {
+            let mut to = ([0; QUANT_BLOCK], 0.0, 0.0, 0, [0; 2]);
+            quantize_into(isa, x, &mut to);
+            to
+        };
+        x.as_chunks().0.iter().map(quantize_one).collect()
+    }
+
+    fn quantize_into(isa: Isa, x: &[f32; QUANT_BLOCK], to: &mut Quantized) {
+        struct One<'a>(&'a [f32; QUANT_BLOCK], &'a mut Quantized);
+        impl Kernel for One<'_> {
+            type Output = ();
+
+            #[inline(always)]
+            fn run<S: Simd>(self, _: S) {
+                let (q, scale, sum, less, less_halves) = self.1;
+                quantize_block(self.0, BlockMut { q, scale, sum, less, less_halves });
+            }
+        }
+        simd::run(isa, One(x, to));
+    }
 
     proptest! {
         #[test]
@@ -238,11 +294,7 @@ mod tests {
                     scaled_add(isa, &x, 0.3, &mut gated);
                     gated
                 });
-                let whole = x.len() / QUANT_BLOCK;
-                let (mut q, mut scales, mut sums) = (vec![0i8; whole * QUANT_BLOCK], vec![0.0f32; whole], vec![0.0f32; whole]);
-                let (mut less, mut halves) = (vec![0; whole], vec![0; 2 * whole]);
-                quantize(isa, &x, &mut q, &mut scales, &mut sums, &mut less, &mut halves);
-                (soft, normed.clone(), gated, dot(isa, &x, &normed), (q, scales, sums, less, halves))
+                (soft, normed.clone(), gated, dot(isa, &x, &normed), quantized(isa, &x))
             });
             let results: Vec<_> = results.collect();
             prop_assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
@@ -250,12 +302,11 @@ mod tests {
 
         #[test]
         fn a_quantized_row_is_within_half_a_step(x in prop::collection::vec(-9.0f32..9.0, 32..=32)) {
-            let (mut q, mut scale, mut sum, mut less, mut halves) = ([0i8; 32], [0.0f32], [0.0f32], [0], [0; 2]);
-            quantize(Isa::detect(), &x, &mut q, &mut scale, &mut sum, &mut less, &mut halves);
+            let (q, scale, _, less, halves) = quantized(Isa::detect(), &x)[0];
             let total = |q: &[i8]| q.iter().map(|q| i32::from(*q)).sum::<i32>();
-            prop_assert_eq!((less[0], halves), (-total(&q), [-total(&q[..16]), -total(&q[16..])]));
+            prop_assert_eq!((less, halves), (-total(&q), [-total(&q[..16]), -total(&q[16..])]));
             for (x, q) in x.iter().zip(q) {
-                prop_assert!((x - f32::from(q) * scale[0]).abs() <= scale[0] * 0.501);
+                prop_assert!((x - f32::from(q) * scale).abs() <= scale * 0.501);
             }
         }
     }

@@ -83,7 +83,7 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
         // SAFETY: this value of `Isa` exists only where the features were detected
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe { x86::avx512(kernel) },
+        Isa::Amx | Isa::Avx512Vnni => unsafe { x86::avx512(kernel) },
         // SAFETY: as above
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::avx2(kernel) },

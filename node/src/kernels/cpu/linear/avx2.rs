@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::{
     Target,
-    quantized::View,
-    tiles::{self, Layout, SECOND_AT, TILE_COLS, TILE_ROWS, VECTOR, with_layout},
+    quantized::Group,
+    tiles::{self, Format, Layout, SECOND_AT, TILE_COLS, TILE_ROWS, VECTOR, with_layout},
 };
 
 /// Rows of weights in a register.
@@ -21,42 +21,41 @@ unsafe fn halves(at: *const u8) -> __m256 {
     _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
 }
 
-/// One row of tiles times `rows` rows from `x` on.
+/// One row of tiles times a group of rows.
 ///
 /// # Safety
 /// The machine has AVX2, FMA and F16C; the rest is as in the AVX-512 form.
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn multiply(format: tiles::Format, tiles: &[u8], blocks: usize, x: View, rows: usize, out: Target) {
+pub(super) unsafe fn multiply(format: Format, tiles: &[u8], x: Group, out: Target) {
     // SAFETY: the caller's promises are those of the functions called
-    with_layout!(format, L => unsafe { multiply_layout::<L>(tiles, blocks, x, rows, out) });
+    with_layout!(format, L => unsafe { multiply_layout::<L>(tiles, x, out) });
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn multiply_layout<L: Layout>(tiles: &[u8], blocks: usize, x: View, rows: usize, out: Target) {
+unsafe fn multiply_layout<L: Layout>(tiles: &[u8], x: Group, out: Target) {
     let mut row = 0;
-    while row < rows {
-        let (x, out) = (x.from(row, blocks), out.from(row));
+    while row < x.rows {
+        let (x, out) = (x.skip(row), out.from(row));
         // SAFETY: the caller's promises hold for each part of the rows
         row += unsafe {
-            match rows - row {
-                4.. => pass::<L, 4>(tiles, blocks, x, out),
-                2.. => pass::<L, 2>(tiles, blocks, x, out),
-                _ => pass::<L, 1>(tiles, blocks, x, out),
+            match x.rows {
+                4.. => pass::<L, 4>(tiles, x, out),
+                2.. => pass::<L, 2>(tiles, x, out),
+                _ => pass::<L, 1>(tiles, x, out),
             }
         };
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pass<L: Layout, const R: usize>(tiles: &[u8], blocks: usize, x: View, out: Target) -> usize {
-    let k = blocks * TILE_COLS;
+unsafe fn pass<L: Layout, const R: usize>(tiles: &[u8], x: Group, out: Target) -> usize {
     let mut sums = [[_mm256_setzero_ps(); 2]; R];
     let mut values = [0u8; TILE_ROWS * TILE_COLS];
     for (b, tile) in tiles.chunks_exact(L::BYTES).enumerate() {
         tiles::unpack::<L>(tile, &mut values);
         for side in 0..2 {
-            // SAFETY: a tile holds its halves and vectors; `x` holds R rows of `blocks` blocks
+            // SAFETY: a tile holds its halves and vectors; `x` holds R rows of as many blocks
             unsafe {
                 let first = halves(tile.as_ptr().wrapping_add(2 * LANES * side));
                 let second = if L::HAS_MIN || L::HAS_HALVES {
@@ -65,13 +64,13 @@ unsafe fn pass<L: Layout, const R: usize>(tiles: &[u8], blocks: usize, x: View, 
                     _mm256_setzero_ps()
                 };
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let (at, sum) = (r * blocks + b, &mut sums[side]);
-                    let q = x.q.wrapping_add(r * k + b * TILE_COLS);
+                    let (at, sum) = (b * x.stride + r, &mut sums[side]);
+                    let q = x.q.wrapping_add(at).cast::<i8>();
                     let w = values.as_ptr().wrapping_add(HALF_VECTOR * side);
                     let scale = _mm256_set1_ps(*x.scales.wrapping_add(at));
                     if L::HAS_HALVES {
                         for (half, d) in [first, second].into_iter().enumerate() {
-                            let less = *x.less_halves.wrapping_add(2 * at + half);
+                            let less = (*x.less_halves.wrapping_add(at))[half];
                             let product = products::<L>(w, q, 4 * half..4 * half + 4, less);
                             *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(product), _mm256_mul_ps(d, scale), *sum);
                         }

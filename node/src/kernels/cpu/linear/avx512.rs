@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::{
     Target,
-    quantized::View,
-    tiles::{Layout, SECOND_AT, TILE_COLS, TILE_ROWS, VECTOR, with_layout},
+    quantized::Group,
+    tiles::{Format, Layout, SECOND_AT, TILE_ROWS, VECTOR, with_layout},
 };
 
 /// Bytes ahead that the next tiles are fetched to the first-level cache.
@@ -14,7 +14,7 @@ const PREFETCH: usize = 1024;
 /// 16 halves as f32.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn halves(at: *const u8) -> __m512 {
+pub(super) unsafe fn halves(at: *const u8) -> __m512 {
     // SAFETY: the caller's pointer has 32 bytes behind it
     _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
 }
@@ -37,7 +37,7 @@ unsafe fn four(q: *const i8) -> __m512i {
 /// The values of a tile as unsigned bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn unpack<L: Layout>(values: *const u8) -> [__m512i; 8] {
+pub(super) unsafe fn unpack<L: Layout>(values: *const u8) -> [__m512i; 8] {
     let low = _mm512_set1_epi8(15);
     let mut out = [_mm512_setzero_si512(); 8];
     for (v, out) in out.iter_mut().enumerate() {
@@ -78,38 +78,31 @@ fn with_fifth_bits(values: __m512i, mask: u64) -> __m512i {
     _mm512_mask_add_epi8(values, mask, values, _mm512_set1_epi8(16))
 }
 
-/// One row of tiles times `rows` rows from `x` on.
+/// One row of tiles times a group of rows.
 ///
 /// # Safety
-/// The machine has AVX-512 F, BW, VL, DQ and VNNI; `x` has that many rows of `blocks` blocks, `tiles` so many tiles; `out` is as
-/// [`Target`] says.
+/// The machine has AVX-512 F, BW, VL, DQ and VNNI; the rows of `x` are as wide as the tiles; `out` has them, and nobody else touches
+/// its columns now.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-pub(super) unsafe fn multiply(
-    format: super::tiles::Format,
-    tiles: &[u8],
-    blocks: usize,
-    x: View,
-    rows: usize,
-    out: Target,
-) {
+pub(super) unsafe fn multiply(format: Format, tiles: &[u8], x: Group, out: Target) {
     // SAFETY: the caller's promises are those of the functions called
-    with_layout!(format, L => unsafe { multiply_layout::<L>(tiles.as_ptr(), blocks, x, rows, out) });
+    with_layout!(format, L => unsafe { multiply_layout::<L>(tiles, x, out) });
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn multiply_layout<L: Layout>(tiles: *const u8, blocks: usize, x: View, rows: usize, out: Target) {
+unsafe fn multiply_layout<L: Layout>(tiles: &[u8], x: Group, out: Target) {
     let mut row = 0;
-    while row < rows {
-        let (x, out) = (x.from(row, blocks), out.from(row));
+    while row < x.rows {
+        let (x, out) = (x.skip(row), out.from(row));
         // SAFETY: the caller's promises hold for each part of the rows
         row += unsafe {
-            match rows - row {
-                16.. => pass::<L, 16>(tiles, blocks, x, out),
-                8.. => pass::<L, 8>(tiles, blocks, x, out),
-                4.. => pass::<L, 4>(tiles, blocks, x, out),
-                2.. => pass::<L, 2>(tiles, blocks, x, out),
-                _ => pass::<L, 1>(tiles, blocks, x, out),
+            match x.rows {
+                16.. => pass::<L, 16>(tiles, x, out),
+                8.. => pass::<L, 8>(tiles, x, out),
+                4.. => pass::<L, 4>(tiles, x, out),
+                2.. => pass::<L, 2>(tiles, x, out),
+                _ => pass::<L, 1>(tiles, x, out),
             }
         };
     }
@@ -117,26 +110,25 @@ unsafe fn multiply_layout<L: Layout>(tiles: *const u8, blocks: usize, x: View, r
 
 /// One pass over a row of tiles for `R` rows: each tile is read and unpacked once.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn pass<L: Layout, const R: usize>(tiles: *const u8, blocks: usize, x: View, out: Target) -> usize {
-    let k = blocks * TILE_COLS;
+unsafe fn pass<L: Layout, const R: usize>(tiles: &[u8], x: Group, out: Target) -> usize {
     let mut sums = [_mm512_setzero_ps(); R];
-    for b in 0..blocks {
-        // SAFETY: `tiles` holds `blocks` tiles, `x` holds R rows of `blocks` blocks; a prefetch may point anywhere
+    for (b, tile) in tiles.chunks_exact(L::BYTES).enumerate() {
+        let (tile, at) = (tile.as_ptr(), b * x.stride);
+        for line in 0..L::BYTES.div_ceil(VECTOR) {
+            _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(PREFETCH + line * VECTOR).cast());
+        }
+        // SAFETY: a tile of this layout has its halves and values there, `x` has R rows of as many blocks as there are tiles
         unsafe {
-            let tile = tiles.wrapping_add(b * L::BYTES);
-            for line in 0..L::BYTES.div_ceil(VECTOR) {
-                _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(PREFETCH + line * VECTOR).cast());
-            }
             let values = unpack::<L>(tile.wrapping_add(L::VALUES_AT));
             let first = halves(tile);
             let second =
                 if L::HAS_MIN || L::HAS_HALVES { halves(tile.wrapping_add(SECOND_AT)) } else { _mm512_setzero_ps() };
             for (r, sum) in sums.iter_mut().enumerate() {
-                let at = r * blocks + b;
-                let q = x.q.wrapping_add(r * k + b * TILE_COLS);
+                let at = at + r;
+                let q = x.q.wrapping_add(at).cast::<i8>();
                 let scale = _mm512_set1_ps(*x.scales.wrapping_add(at));
                 if L::HAS_HALVES {
-                    let less = x.less_halves.wrapping_add(2 * at);
+                    let less = x.less_halves.wrapping_add(at).cast::<i32>();
                     for (half, d) in [first, second].into_iter().enumerate() {
                         let mut product = offset::<L>(*less.wrapping_add(half));
                         for (v, values) in values.iter().enumerate().skip(4 * half).take(4) {

@@ -8,6 +8,8 @@ mod portable;
 mod quantized;
 mod tiles;
 #[cfg(target_arch = "x86_64")]
+pub(super) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -16,8 +18,8 @@ use std::{cell::RefCell, ops::Range};
 
 use self::{
     floats::FloatTiles,
-    quantized::{QuantizedRows, View},
-    tiles::{TILE_COLS, TILE_ROWS, Tiles},
+    quantized::{GROUP_ROWS, QuantizedRows},
+    tiles::{TILE_ROWS, Tiles},
 };
 use super::{Rows, Shared, isa::Isa, memory::Arena, pool::Pool, rowwise};
 use crate::{
@@ -27,9 +29,6 @@ use crate::{
 
 /// Bytes of weights that a thread takes at a time: they stay in the first-level cache while the rows pass by.
 const TURN_BYTES: usize = 20 << 10;
-
-/// Rows of activations that pass by a turn of weights before the next ones: they stay in the first-level cache too.
-const ROWS_A_PASS: usize = 16;
 
 /// Rows of weights without a packed form that a thread takes at a time.
 const STORED_ROWS_A_TURN: usize = 16;
@@ -198,21 +197,6 @@ impl Target {
     }
 }
 
-impl View {
-    /// The rows from `row` on, of `blocks` blocks each.
-    #[inline(always)]
-    fn from(self, row: usize, blocks: usize) -> Self {
-        let at = row * blocks;
-        Self {
-            q: self.q.wrapping_add(at * TILE_COLS),
-            scales: self.scales.wrapping_add(at),
-            sums: self.sums.wrapping_add(at),
-            less: self.less.wrapping_add(at),
-            less_halves: self.less_halves.wrapping_add(2 * at),
-        }
-    }
-}
-
 impl Cores {
     pub(super) fn new(isa: Isa, threads: usize) -> Self {
         Self {
@@ -264,7 +248,7 @@ impl Cores {
             // SAFETY: the part's columns lie within each row of the outputs
             let target = Target { at: unsafe { out.as_mut_ptr().add(column) }, stride: w.rows, lanes: 0, add };
             match part {
-                Part::Tiles(tiles) => self.multiply_tiles(tiles, x.count(), target),
+                Part::Tiles(tiles) => self.multiply_tiles(tiles, target),
                 Part::Floats(tiles) => self.multiply_floats(tiles, target),
                 Part::Stored(weight) => self.multiply_stored(weight, target),
             }
@@ -288,7 +272,7 @@ impl Cores {
                     let row = x.row(isa, i, scratch);
                     if has_tiles {
                         // SAFETY: row `i` belongs to this range alone
-                        unsafe { places.row(i) }.fill(isa, row);
+                        unsafe { places.fill(isa, i, row) };
                     }
                     if has_others {
                         // SAFETY: as above
@@ -299,16 +283,12 @@ impl Cores {
         });
     }
 
-    fn multiply_tiles(&mut self, tiles: &Tiles, rows: usize, out: Target) {
-        let job = Job { isa: self.isa, tiles, x: self.quantized.view(), out };
+    fn multiply_tiles(&mut self, tiles: &Tiles, out: Target) {
+        let (isa, x) = (self.isa, &self.quantized);
         let turn = (TURN_BYTES / tiles.row_bytes()).max(1);
         self.pool.for_each(tiles.tile_rows(), turn, |range| {
-            for row in (0..rows).step_by(ROWS_A_PASS) {
-                for tile_row in range.clone() {
-                    // SAFETY: these columns belong to this range alone
-                    unsafe { job.pass(tile_row, row..rows.min(row + ROWS_A_PASS)) };
-                }
-            }
+            // SAFETY: these columns belong to this range alone
+            unsafe { multiply_range(isa, tiles, range, x, out) };
         });
     }
 
@@ -342,32 +322,33 @@ impl Cores {
     }
 }
 
-/// One product of tiles and quantized rows.
-struct Job<'a> {
-    isa: Isa,
-    tiles: &'a Tiles,
-    x: View,
-    out: Target,
-}
-
-impl Job<'_> {
-    /// One row of tiles times rows `rows`.
-    ///
-    /// # Safety
-    /// The rows are there in both `x` and `out`, and nobody else touches these columns of the outputs now.
-    unsafe fn pass(&self, tile_row: usize, rows: Range<usize>) {
-        let Tiles { format, blocks, .. } = *self.tiles;
-        let tile = self.tiles.tile_row(tile_row);
-        let x = self.x.from(rows.start, blocks);
-        let out = self.out.columns(tile_row, self.tiles.rows()).from(rows.start);
-        // SAFETY: the caller's promises; a value of `Isa` exists only where its instructions do
-        unsafe {
-            match self.isa {
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx512Vnni => avx512::multiply(format, tile, blocks, x, rows.len(), out),
-                #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2::multiply(format, tile, blocks, x, rows.len(), out),
-                Isa::Portable => portable::multiply(format, tile, blocks, x, rows.len(), out),
+/// Rows of tiles `range` times all rows of `x`.
+///
+/// # Safety
+/// Nobody else touches these columns of the outputs now.
+unsafe fn multiply_range(isa: Isa, tiles: &Tiles, range: Range<usize>, x: &QuantizedRows, out: Target) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx && x.groups() > 0 && x.group(0).rows == GROUP_ROWS {
+        // tiles are unpacked to memory first, once for all rows
+        for tile_row in range {
+            // SAFETY: the caller's promise; this value of `Isa` exists only where the instructions do
+            unsafe { amx::multiply(tiles, tile_row, x, out.columns(tile_row, tiles.rows())) };
+        }
+        return;
+    }
+    for group in 0..x.groups() {
+        for tile_row in range.clone() {
+            let out = out.columns(tile_row, tiles.rows()).from(group * GROUP_ROWS);
+            let (format, tile, x) = (tiles.format, tiles.tile_row(tile_row), x.group(group));
+            // SAFETY: as above
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Amx | Isa::Avx512Vnni => avx512::multiply(format, tile, x, out),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => avx2::multiply(format, tile, x, out),
+                    Isa::Portable => portable::multiply(format, tile, x, out),
+                }
             }
         }
     }

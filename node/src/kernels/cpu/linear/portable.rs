@@ -2,37 +2,31 @@
 
 use super::{
     Target,
-    quantized::View,
-    tiles::{self, Layout, SECOND_AT, TILE_COLS, TILE_ROWS, VECTOR, with_layout},
+    quantized::Group,
+    tiles::{self, Format, Layout, SECOND_AT, TILE_COLS, TILE_ROWS, VECTOR, with_layout},
 };
 
-/// One row of tiles times `rows` rows from `x` on.
+/// One row of tiles times a group of rows.
 ///
 /// # Safety
 /// As in the AVX-512 form, but for the instructions.
-pub(super) unsafe fn multiply(format: tiles::Format, tiles: &[u8], blocks: usize, x: View, rows: usize, out: Target) {
-    for row in 0..rows {
+pub(super) unsafe fn multiply(format: Format, tiles: &[u8], x: Group, out: Target) {
+    for row in 0..x.rows {
         // SAFETY: the caller's promises hold for each row
-        with_layout!(format, L => unsafe { one::<L>(tiles, x.from(row, blocks), out.from(row)) });
+        with_layout!(format, L => unsafe { one::<L>(tiles, x.skip(row), out.from(row)) });
     }
 }
 
-unsafe fn one<L: Layout>(tiles: &[u8], x: View, out: Target) {
+unsafe fn one<L: Layout>(tiles: &[u8], x: Group, out: Target) {
     let mut sums = [0.0f32; TILE_ROWS];
     let mut values = [0u8; TILE_ROWS * TILE_COLS];
     for (b, tile) in tiles.chunks_exact(L::BYTES).enumerate() {
         tiles::unpack::<L>(tile, &mut values);
         let first = tiles::halves(tile, 0);
+        let at = b * x.stride;
         // SAFETY: `x` holds a row of so many blocks
-        let (q, scale, sum, less, less_halves) = unsafe {
-            (
-                std::slice::from_raw_parts(x.q.add(b * TILE_COLS), TILE_COLS),
-                *x.scales.add(b),
-                *x.sums.add(b),
-                *x.less.add(b),
-                [*x.less_halves.add(2 * b), *x.less_halves.add(2 * b + 1)],
-            )
-        };
+        let (q, scale, sum, less, less_halves) =
+            unsafe { (&*x.q.add(at), *x.scales.add(at), *x.sums.add(at), *x.less.add(at), *x.less_halves.add(at)) };
         if L::HAS_HALVES {
             let scales = [first, tiles::halves(tile, SECOND_AT)];
             for (half, d) in scales.iter().enumerate() {
@@ -55,7 +49,7 @@ unsafe fn one<L: Layout>(tiles: &[u8], x: View, out: Target) {
 #[inline(always)]
 fn products(
     values: &[u8; TILE_ROWS * TILE_COLS],
-    q: &[i8],
+    q: &[i8; TILE_COLS],
     vectors: std::ops::Range<usize>,
     start: i32,
 ) -> [i32; TILE_ROWS] {

@@ -1,123 +1,154 @@
-//! Activations as int8, in blocks that share a scale.
+//! Activations as int8, in blocks that share a scale, in the order in which the kernels read them.
+//!
+//! Rows stand in groups of [`GROUP_ROWS`], the last one perhaps smaller; a group holds the first block of each of its rows, then the
+//! second of each, and so on: what is multiplied with one tile lies together.
+
+use std::marker::PhantomData;
 
 use super::tiles::TILE_COLS;
-use crate::kernels::cpu::{isa::Isa, rowwise};
+use crate::kernels::cpu::{
+    isa::Isa,
+    rowwise::{self, BlockMut},
+};
+
+/// Rows that are multiplied with one row of tiles at a time.
+pub(super) const GROUP_ROWS: usize = 16;
 
 /// Rows of quantized activations, each block of [`TILE_COLS`] with what the forms of weights need of it.
 #[derive(Debug, Default)]
 pub(crate) struct QuantizedRows {
-    cols: usize,
-    q: Vec<i8>,
+    rows: usize,
+    /// Blocks of a row.
+    blocks: usize,
+    q: Vec<[i8; TILE_COLS]>,
     scales: Vec<f32>,
     sums: Vec<f32>,
-    /// `-sum(q)` of each block.
     less: Vec<i32>,
-    /// `-sum(q)` of each half block.
-    less_halves: Vec<i32>,
+    less_halves: Vec<[i32; 2]>,
 }
 
-/// The rows from one on, as kernels read them.
+/// Some rows of one group, as kernels read them: block `b` of row `r` stands at `b * stride + r`.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct View {
-    /// `[T, K]`
-    pub(super) q: *const i8,
-    /// `[T, K / 32]`: `scale * q` is the value.
+pub(super) struct Group<'a> {
+    pub(super) rows: usize,
+    /// From a row's block to its next one.
+    pub(super) stride: usize,
+    pub(super) q: *const [i8; TILE_COLS],
+    /// `scale * q` is the value.
     pub(super) scales: *const f32,
-    /// `[T, K / 32]`: `scale * sum(q)`.
+    /// `scale * sum(q)`
     pub(super) sums: *const f32,
-    /// `[T, K / 32]`: `-sum(q)`.
+    /// `-sum(q)`
     pub(super) less: *const i32,
-    /// `[T, K / 16]`: the same of each half.
-    pub(super) less_halves: *const i32,
-}
-
-// SAFETY: what it points to is only read
-unsafe impl Send for View {}
-// SAFETY: as above
-unsafe impl Sync for View {}
-
-/// A place for one row, which one thread writes.
-pub(super) struct RowMut<'a> {
-    q: &'a mut [i8],
-    scales: &'a mut [f32],
-    sums: &'a mut [f32],
-    less: &'a mut [i32],
-    less_halves: &'a mut [i32],
+    /// The same of each half.
+    pub(super) less_halves: *const [i32; 2],
+    from: PhantomData<&'a QuantizedRows>,
 }
 
 impl QuantizedRows {
     pub(super) fn resize(&mut self, rows: usize, cols: usize) {
-        let blocks = cols / TILE_COLS;
-        self.cols = cols;
-        self.q.resize(rows * cols, 0);
-        self.scales.resize(rows * blocks, 0.0);
-        self.sums.resize(rows * blocks, 0.0);
-        self.less.resize(rows * blocks, 0);
-        self.less_halves.resize(rows * 2 * blocks, 0);
+        (self.rows, self.blocks) = (rows, cols / TILE_COLS);
+        let count = rows * self.blocks;
+        self.q.resize(count, [0; TILE_COLS]);
+        self.scales.resize(count, 0.0);
+        self.sums.resize(count, 0.0);
+        self.less.resize(count, 0);
+        self.less_halves.resize(count, [0; 2]);
     }
 
-    /// All rows, as long as nothing is written.
-    pub(super) fn view(&self) -> View {
-        View {
-            q: self.q.as_ptr(),
-            scales: self.scales.as_ptr(),
-            sums: self.sums.as_ptr(),
-            less: self.less.as_ptr(),
-            less_halves: self.less_halves.as_ptr(),
+    /// Number of groups.
+    pub(super) fn groups(&self) -> usize {
+        self.rows.div_ceil(GROUP_ROWS)
+    }
+
+    /// The rows of group `i`.
+    pub(super) fn group(&self, i: usize) -> Group<'_> {
+        let first = i * GROUP_ROWS;
+        let (rows, at) = (GROUP_ROWS.min(self.rows - first), first * self.blocks);
+        Group {
+            rows,
+            stride: rows,
+            q: self.q[at..].as_ptr(),
+            scales: self.scales[at..].as_ptr(),
+            sums: self.sums[at..].as_ptr(),
+            less: self.less[at..].as_ptr(),
+            less_halves: self.less_halves[at..].as_ptr(),
+            from: PhantomData,
         }
     }
 
-    /// All rows apart from each other, to be written by several threads.
-    pub(super) fn places(&mut self) -> Places {
+    /// All rows, to be written by several threads.
+    pub(super) fn places(&mut self) -> Places<'_> {
         Places {
-            cols: self.cols,
+            rows: self.rows,
+            blocks: self.blocks,
             q: self.q.as_mut_ptr(),
             scales: self.scales.as_mut_ptr(),
             sums: self.sums.as_mut_ptr(),
             less: self.less.as_mut_ptr(),
             less_halves: self.less_halves.as_mut_ptr(),
+            of: PhantomData,
+        }
+    }
+}
+
+impl Group<'_> {
+    /// Without its first `rows` rows.
+    #[inline(always)]
+    pub(super) fn skip(self, rows: usize) -> Self {
+        Self {
+            rows: self.rows - rows,
+            q: self.q.wrapping_add(rows),
+            scales: self.scales.wrapping_add(rows),
+            sums: self.sums.wrapping_add(rows),
+            less: self.less.wrapping_add(rows),
+            less_halves: self.less_halves.wrapping_add(rows),
+            ..self
         }
     }
 }
 
 /// The rows of [`QuantizedRows`], to be written by several threads.
 #[derive(Clone, Copy)]
-pub(super) struct Places {
-    cols: usize,
-    q: *mut i8,
+pub(super) struct Places<'a> {
+    rows: usize,
+    blocks: usize,
+    q: *mut [i8; TILE_COLS],
     scales: *mut f32,
     sums: *mut f32,
     less: *mut i32,
-    less_halves: *mut i32,
+    less_halves: *mut [i32; 2],
+    of: PhantomData<&'a mut QuantizedRows>,
 }
 
-// SAFETY: each row is written by one thread, which `row` makes its caller promise
-unsafe impl Send for Places {}
+// SAFETY: each row is written by one thread, which `fill` makes its caller promise
+unsafe impl Send for Places<'_> {}
 // SAFETY: as above
-unsafe impl Sync for Places {}
+unsafe impl Sync for Places<'_> {}
 
-impl Places {
+impl Places<'_> {
+    /// Quantizes a row, `x[K]`, into place `row`.
+    ///
     /// # Safety
-    /// `row` is within the rows, which live as long as `'a`, and no other thread has this row now.
-    pub(super) unsafe fn row<'a>(&self, row: usize) -> RowMut<'a> {
-        use std::slice::from_raw_parts_mut as slice;
-        let (cols, blocks) = (self.cols, self.cols / TILE_COLS);
-        // SAFETY: the buffers were made for so many rows; the rest is the caller's promise
-        unsafe {
-            RowMut {
-                q: slice(self.q.add(row * cols), cols),
-                scales: slice(self.scales.add(row * blocks), blocks),
-                sums: slice(self.sums.add(row * blocks), blocks),
-                less: slice(self.less.add(row * blocks), blocks),
-                less_halves: slice(self.less_halves.add(row * 2 * blocks), 2 * blocks),
+    /// No other thread has this row now.
+    pub(super) unsafe fn fill(&self, isa: Isa, row: usize, x: &[f32]) {
+        let (blocks, _) = x.as_chunks::<TILE_COLS>();
+        assert!(row < self.rows && blocks.len() == self.blocks, "the row has a place");
+        let first = row / GROUP_ROWS * GROUP_ROWS;
+        let stride = GROUP_ROWS.min(self.rows - first);
+        let at = first * self.blocks + row - first;
+        rowwise::quantize(isa, blocks, |b| {
+            let at = at + b * stride;
+            // SAFETY: the buffers hold `blocks` blocks of `rows` rows; the rest is the caller's promise
+            unsafe {
+                BlockMut {
+                    q: &mut *self.q.add(at),
+                    scale: &mut *self.scales.add(at),
+                    sum: &mut *self.sums.add(at),
+                    less: &mut *self.less.add(at),
+                    less_halves: &mut *self.less_halves.add(at),
+                }
             }
-        }
-    }
-}
-
-impl RowMut<'_> {
-    /// Quantizes a row, `x[K]`.
-    pub(super) fn fill(self, isa: Isa, x: &[f32]) {
-        rowwise::quantize(isa, x, self.q, self.scales, self.sums, self.less, self.less_halves);
+        });
     }
 }
