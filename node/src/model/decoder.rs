@@ -1,6 +1,12 @@
 //! The forward pass that all architectures share, over the operations of [`Backend`], and the loading of its weights.
 
-use std::{cell::RefCell, collections::HashSet};
+use std::{
+    cell::RefCell,
+    collections::HashSet,
+    time::{Duration, Instant},
+};
+
+use tracing::info;
 
 use super::{
     Capacity, Model, Output,
@@ -75,7 +81,7 @@ impl<B: Backend> Decoder<B> {
             false => None,
         };
         let norm = tensors.norm("output_norm.weight", shape.width)?;
-        let layers = (0..shape.layers).map(|i| tensors.layer(i)).collect::<Result<_, _>>()?;
+        let layers = tensors.layers()?;
         tensors.refuse_unused()?;
         let gains = norm.gains.iter().map(|g| g * plan.logit_scale).collect();
         let rows = capacity.batch_tokens_max;
@@ -144,6 +150,9 @@ impl<B: Backend> Model for Decoder<B> {
     }
 }
 
+/// How often loading says how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
 /// A file, and the shapes that its tensors must have.
 struct Tensors<'a, B: Backend> {
     file: &'a Checkpoint,
@@ -157,6 +166,21 @@ struct Tensors<'a, B: Backend> {
 const WITHOUT_MEANING: &str = ".attn_rot_embd.weight";
 
 impl<B: Backend> Tensors<'_, B> {
+    /// All layers; says how far it is, as large models take their time.
+    fn layers(&self) -> Result<Vec<Layer<B>>, LoadError> {
+        let of = self.plan.shape.layers;
+        let mut told = Instant::now();
+        let mut layers = Vec::with_capacity(of);
+        for i in 0..of {
+            layers.push(self.layer(i)?);
+            if told.elapsed() >= PROGRESS_INTERVAL {
+                told = Instant::now();
+                info!(layers = i + 1, of, "packing weights");
+            }
+        }
+        Ok(layers)
+    }
+
     fn layer(&self, i: usize) -> Result<Layer<B>, LoadError> {
         let name = |part: &str| format!("blk.{i}.{part}.weight");
         let Plan { shape, layers, has_head_norms, has_output_norms, .. } = self.plan;

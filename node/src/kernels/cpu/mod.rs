@@ -18,6 +18,9 @@ use self::{
 use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Norm, Rope, View};
 use crate::{batch::Batch, weights::Weight};
 
+/// Rows that a thread norms at a time.
+const NORMED_ROWS_A_TURN: usize = 8;
+
 /// The cores of this machine.
 pub struct Cpu {
     cores: Cores,
@@ -113,9 +116,16 @@ impl Cpu {
 
     /// `residual += norm(product)`
     fn add_normed_product(&mut self, norm: &Norm, residual: &mut Rows) {
-        for i in 0..self.product.count() {
-            rowwise::rms_norm_add(self.cores.isa, self.product.row(i), &norm.gains, norm.epsilon, residual.row_mut(i));
-        }
+        let (isa, product, width) = (self.cores.isa, &self.product, residual.width);
+        let out = Shared(residual.values.as_mut_ptr());
+        self.cores.pool.for_each(product.count(), NORMED_ROWS_A_TURN, |range| {
+            let out = &out;
+            for i in range {
+                // SAFETY: row `i` belongs to this range alone
+                let out = unsafe { out.slice(i * width, width) };
+                rowwise::rms_norm_add(isa, product.row(i), &norm.gains, norm.epsilon, out);
+            }
+        });
     }
 }
 
