@@ -13,7 +13,8 @@ use std::{
 /// Looks at the counter before a worker goes to sleep; about a hundred microseconds, longer than the gaps within a step.
 const SPINS: u32 = 30_000;
 
-type Job = *const (dyn Fn() + Sync);
+/// What each thread runs, told its number.
+type Job = *const (dyn Fn(usize) + Sync);
 
 struct Shared {
     /// Valid while `unfinished` is above zero.
@@ -21,9 +22,16 @@ struct Shared {
     /// Grows by one with each job.
     epoch: AtomicUsize,
     unfinished: AtomicUsize,
+    /// The next item of each thread's own share; the caller's first.
+    next: Box<[Counter]>,
     stop: AtomicBool,
     panicked: AtomicBool,
 }
+
+/// On a cache line of its own, as each is written all the time by one thread.
+#[derive(Default)]
+#[repr(align(128))]
+struct Counter(AtomicUsize);
 
 // SAFETY: `job` is written by the owner only while no worker runs, and read by workers only after they saw the epoch grow
 unsafe impl Sync for Shared {}
@@ -44,13 +52,14 @@ impl Pool {
             job: UnsafeCell::new(None),
             epoch: AtomicUsize::new(0),
             unfinished: AtomicUsize::new(0),
+            next: (0..threads.max(1)).map(|_| Counter::default()).collect(),
             stop: AtomicBool::new(false),
             panicked: AtomicBool::new(false),
         });
         let spawn = |i: usize| {
             let shared = shared.clone();
             let builder = std::thread::Builder::new().name(format!("kernel-{i}"));
-            builder.spawn(move || work(&shared)).expect("a thread can be started")
+            builder.spawn(move || work(&shared, i)).expect("a thread can be started")
         };
         let workers: Vec<JoinHandle<()>> = (1..threads.max(1)).map(spawn).collect();
         let handles = workers.iter().map(|w| w.thread().clone()).collect();
@@ -62,33 +71,40 @@ impl Pool {
         1 + self.workers.len()
     }
 
-    /// Runs `job` over `0..items` in chunks, on all threads; returns when all is done.
+    /// Runs `job` over `0..items` in chunks, on all threads; returns when all is done. Each thread has a share of neighbours, which it goes
+    /// through in order, since memory is read fastest in order; who is done with his own takes from the others'.
     pub(crate) fn for_each(&mut self, items: usize, chunk: usize, job: impl Fn(Range<usize>) + Sync) {
         if self.workers.is_empty() || items <= chunk {
             return job(0..items);
         }
-        let next = AtomicUsize::new(0);
-        self.run(&|| {
-            loop {
-                let start = next.fetch_add(chunk, Relaxed);
-                if start >= items {
-                    return;
+        let shared = self.shared.clone();
+        let threads = shared.next.len();
+        let share = items.div_ceil(threads).next_multiple_of(chunk);
+        shared.next.iter().enumerate().for_each(|(i, next)| next.0.store(i * share, Relaxed));
+        self.run(&|me| {
+            for i in 0..threads {
+                let owner = (me + i) % threads;
+                let end = items.min((owner + 1) * share);
+                let take = || shared.next[owner].0.fetch_add(chunk, Relaxed);
+                let mut start = take();
+                while start < end {
+                    job(start..end.min(start + chunk));
+                    start = take();
                 }
-                job(start..items.min(start + chunk));
             }
         });
     }
 
-    fn run(&mut self, job: &(dyn Fn() + Sync)) {
+    fn run(&mut self, job: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime is forgotten; this function does not return, or unwind, before every worker is done with `job`
-        let forever: Job = unsafe { std::mem::transmute::<*const (dyn Fn() + Sync + '_), Job>(job) };
+        let forever: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job) };
         // SAFETY: no worker runs: `unfinished` was zero when the last `run` returned, and `&mut self` excludes a second caller
         unsafe { *self.shared.job.get() = Some(forever) };
         self.shared.unfinished.store(self.workers.len(), Relaxed);
         self.shared.epoch.fetch_add(1, Release);
         self.handles.iter().for_each(Thread::unpark);
         let waiter = Waiter(&self.shared);
-        job();
+        job(0);
         drop(waiter);
         assert!(!self.shared.panicked.swap(false, Relaxed), "a kernel panicked on another thread");
     }
@@ -111,7 +127,7 @@ impl Drop for Waiter<'_> {
     }
 }
 
-fn work(shared: &Shared) {
+fn work(shared: &Shared, me: usize) {
     let mut seen = 0;
     loop {
         let mut spins = 0;
@@ -135,7 +151,7 @@ fn work(shared: &Shared) {
         let job = unsafe { (*shared.job.get()).expect("a job was handed over") };
         // SAFETY: as above, the closure lives until `unfinished` is zero
         let job = unsafe { &*job };
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(me))).is_err() {
             // the owner panics in its turn: half a result is no result
             shared.panicked.store(true, Relaxed);
         }
