@@ -108,13 +108,18 @@ impl KvPool {
         Some(id)
     }
 
-    /// Makes a full block findable by `hash`. When another block has the same content already, this one stays unsealed.
-    pub fn seal(&mut self, id: BlockId, hash: BlockHash) {
-        if self.by_hash.contains_key(&hash) {
-            return;
+    /// Makes a full block findable by `hash`, and gives the one to be used from now on. When another has the same content already, it is
+    /// that one, with the reference that this one had.
+    #[must_use]
+    pub fn seal(&mut self, id: BlockId, hash: BlockHash) -> BlockId {
+        if let Some(known) = self.by_hash.get(&hash).copied() {
+            self.reference(known);
+            self.release(id);
+            return known;
         }
         self.by_hash.insert(hash, id);
         self.block(id).hash = Some(hash);
+        id
     }
 
     /// Gives one reference back.
@@ -187,9 +192,8 @@ mod tests {
             .map(|chunk| {
                 let id = pool.allocate().unwrap();
                 let hash = BlockHash::chain(parent, chunk);
-                pool.seal(id, hash);
                 parent = Some(hash);
-                id
+                pool.seal(id, hash)
             })
             .collect()
     }
@@ -224,6 +228,17 @@ mod tests {
     }
 
     #[test]
+    fn of_two_blocks_of_the_same_content_one_is_kept() {
+        let mut pool = KvPool::new(2);
+        let (first, second) = (sealed(&mut pool, &[1; 16]), sealed(&mut pool, &[1; 16]));
+        assert_eq!(first, second);
+        assert_eq!((pool.references(first[0]), pool.counts().free), (2, 1));
+        // it stays for as long as one of the two uses it
+        pool.release(first[0]);
+        assert_eq!(pool.counts(), Counts { free: 1, referenced: 1, cached: 0 });
+    }
+
+    #[test]
     fn the_same_block_after_another_prefix_is_another_block() {
         let a = BlockHash::chain(None, &[1; 16]);
         assert_ne!(BlockHash::chain(Some(a), &[2; 16]), BlockHash::chain(None, &[2; 16]));
@@ -239,8 +254,7 @@ mod tests {
                 match op {
                     0 => if let Some(id) = pool.allocate() {
                         prop_assert_eq!(pool.references(id), 1);
-                        pool.seal(id, BlockHash::chain(None, &[x; 16]));
-                        held.push(id);
+                        held.push(pool.seal(id, BlockHash::chain(None, &[x; 16])));
                     },
                     1 => {
                         let found = pool.find(&[BlockHash::chain(None, &[x; 16])]);

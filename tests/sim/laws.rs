@@ -3,14 +3,15 @@
 //! through the block table, from a pretend cache that is written as a plan says; so a block that was handed out twice, overwritten
 //! while shared, or found under a wrong prefix changes a token, and the answer differs from the one computed alone. Most worlds guess
 //! at next tokens, now right and now wrong, also past the ends of answers; wrong ones stand in the pretend cache until they are
-//! overwritten, so one that is read, or sealed, changes an answer too.
+//! overwritten, so one that is read, or sealed, changes an answer too. In many worlds crowds come in one step with prompts that begin
+//! alike: what one has computed, or computes in this step, no other computes, and who waits for it has it in the next step.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tidegate_node::{
     kv::{BLOCK_TOKENS, Counts},
-    sched::{Cause, Class, Limits, Owner, Piece, Plan, Scheduler, SeqId, States, Terms},
+    sched::{Cause, Class, Limits, Owner, Piece, Plan, Scheduler, SeqId, Sequence, States, Terms},
 };
 
 const WORLDS: u64 = 3000;
@@ -27,6 +28,7 @@ fn the_laws_hold_in_every_world() {
     if worlds > 100 {
         assert!(all.for_blocks > worlds / 2 && all.for_share > worlds / 2, "the worlds are too easy to show anything");
         assert!(all.cached > 100 * worlds && all.left > worlds && all.late > worlds, "{all:?}");
+        assert!(all.awaited > worlds, "{all:?}");
         assert!(all.accepted > 50 * worlds && all.proposed - all.accepted > 50 * worlds, "{all:?}");
     }
 }
@@ -37,7 +39,10 @@ struct Tally {
     requests: usize,
     steps: usize,
     computed: usize,
+    looked_up: usize,
     cached: usize,
+    /// Times that a sequence waited a step for a block that another computes.
+    awaited: usize,
     proposed: usize,
     accepted: usize,
     for_blocks: usize,
@@ -53,7 +58,9 @@ impl Tally {
             requests: self.requests + other.requests,
             steps: self.steps + other.steps,
             computed: self.computed + other.computed,
+            looked_up: self.looked_up + other.looked_up,
             cached: self.cached + other.cached,
+            awaited: self.awaited + other.awaited,
             proposed: self.proposed + other.proposed,
             accepted: self.accepted + other.accepted,
             for_blocks: self.for_blocks + other.for_blocks,
@@ -120,25 +127,35 @@ struct World {
     /// Oldest first.
     open: BTreeMap<SeqId, Open>,
     ended: HashMap<SeqId, (End, Vec<u32>)>,
+    /// Who waits for a block that this step computes, and how many tokens it has of its own when it takes it.
+    awaiting: Vec<(SeqId, usize)>,
     tally: Tally,
 }
 
 impl World {
     fn new(seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
-        let batch_size_max = rng.random_range(1..12);
-        let limits = Limits { batch_size_max, batch_tokens_max: batch_size_max + rng.random_range(0..80) };
-        let (prompt_max, tokens_max) = (rng.random_range(2..100), rng.random_range(1..80));
+        let (batch_size_max, is_crowd) = (rng.random_range(1..12), rng.random_bool(0.3));
+        let tokens_more = rng.random_range(0..if is_crowd { 600 } else { 80 });
+        let limits = Limits { batch_size_max, batch_tokens_max: batch_size_max + tokens_more };
+        let (prompt_max, tokens_max) = (rng.random_range(2..if is_crowd { 300 } else { 100 }), rng.random_range(1..80));
         // at least one sequence of full length must fit
-        let blocks = (prompt_max + tokens_max) / BLOCK_TOKENS + 1 + rng.random_range(0..12);
-        let shared: Vec<u32> = (0..prompt_max).map(|_| rng.random_range(0..50)).collect();
+        let spare = rng.random_range(0..if is_crowd { 100 } else { 12 });
+        let blocks = (prompt_max + tokens_max) / BLOCK_TOKENS + 1 + spare;
+        let mut shared = text(&mut rng, prompt_max);
         let (tenants, rush) = (rng.random_range(1..6), rng.random_range(1..8));
         let mut arrives = 0;
         let requests = (0..rng.random_range(5..60)).map(|_| {
-            arrives += rng.random_range(0..rush);
+            if !is_crowd {
+                arrives += rng.random_range(0..rush);
+            } else if rng.random_bool(0.15) {
+                // the next crowd, with another beginning
+                arrives += rng.random_range(1..30);
+                shared = text(&mut rng, prompt_max);
+            }
             let len = rng.random_range(1..=prompt_max);
             // many prompts begin alike, so the prefix cache is used
-            let alike = rng.random_range(0..=len);
+            let alike = rng.random_range(if is_crowd { len / 2 } else { 0 }..=len);
             let prompt = (0..len).map(|i| if i < alike { shared[i] } else { rng.random_range(0..50) }).collect();
             let leaves_after = rng.random_bool(0.15).then(|| rng.random_range(0..tokens_max + 1));
             let deadline = rng.random_bool(0.15).then(|| arrives + rng.random_range(0..60));
@@ -160,6 +177,7 @@ impl World {
             cache: vec![None; blocks * BLOCK_TOKENS],
             open: BTreeMap::new(),
             ended: HashMap::new(),
+            awaiting: Vec::new(),
             tally: Tally { requests: requests.len(), ..Tally::default() },
             limits,
             requests,
@@ -236,13 +254,17 @@ impl World {
                 Cause::Share => self.tally.for_share += 1,
             }
         }
+        self.tally.looked_up += plan.tokens_looked_up;
         self.tally.cached += plan.tokens_cached;
+        assert!(self.tally.cached <= self.tally.looked_up, "more was found than was looked for");
         self.tally.computed += plan.tokens();
         let left =
             self.limits.batch_tokens_max.checked_sub(plan.tokens()).expect("no more tokens than a step may have");
         assert!(self.scheduler.running() <= self.limits.batch_size_max);
         assert_eq!(self.scheduler.running() + self.scheduler.waiting(), self.open.len());
         assert!(!plan.pieces.is_empty() || self.open.is_empty(), "there is work, and none of it is planned");
+        self.check_awaited(plan);
+        self.check_computed_once(plan);
         let lens: HashMap<SeqId, usize> = plan.pieces.iter().map(|piece| (piece.seq, piece.len)).collect();
         assert_eq!(lens.len(), plan.pieces.len(), "a sequence has one piece");
         let asked = |piece: &&Piece| {
@@ -254,7 +276,9 @@ impl World {
             let Some(sequence) = self.scheduler.sequence(*id) else { continue };
             let (len, could) = (lens.get(id).copied().unwrap_or(0), sequence.pending());
             let is_bounded = left == 0 || (sequence.terms().all_logits && logit_rows == LOGIT_ROWS_MAX);
-            assert!(len == could || (is_bounded && could > 1), "{len} of {could} tokens, and {left} left in the step");
+            let waits = len == 0 && self.awaiting.iter().any(|(other, _)| other == id);
+            let is_short = could > 1 && (is_bounded || waits);
+            assert!(len == could || is_short, "{len} of {could} tokens, and {left} left in the step");
             assert!(len <= could);
             open.has_run = true;
         }
@@ -263,11 +287,58 @@ impl World {
         }
     }
 
+    /// Who waited for a block that the last step computed has it.
+    fn check_awaited(&mut self, plan: &Plan) {
+        for (id, computed) in &self.awaiting {
+            let Some(sequence) = self.scheduler.sequence(*id) else { continue };
+            let begun_anew = plan.preempted.iter().any(|(other, _)| other == id);
+            assert!(begun_anew || computed_of(sequence) >= *computed, "request {} waited in vain", id.0);
+        }
+        self.awaiting = self.awaiting(plan);
+        self.tally.awaited += self.awaiting.len();
+    }
+
+    /// Who has no piece, and finds its next block among those that the plan fills.
+    fn awaiting(&self, plan: &Plan) -> Vec<(SeqId, usize)> {
+        let planned: HashSet<SeqId> = plan.pieces.iter().map(|piece| piece.seq).collect();
+        let filled: HashSet<&[u32]> = plan.pieces.iter().flat_map(|piece| self.filled(piece)).collect();
+        let next = |id: &SeqId| {
+            let sequence = self.scheduler.sequence(*id).filter(|s| !is_uncached(s.terms()))?;
+            let end = (computed_of(sequence) / BLOCK_TOKENS + 1) * BLOCK_TOKENS;
+            let is_found = end < sequence.tokens().len() && filled.contains(&sequence.tokens()[..end]);
+            is_found.then_some((*id, end))
+        };
+        self.open.keys().filter(|id| !planned.contains(id)).filter_map(next).collect()
+    }
+
+    /// No full block is computed that another running sequence has, or fills in the same step; but for what is read off, and the block
+    /// of a sequence's last token, which is always computed. Blocks are told apart by all tokens up to their end.
+    fn check_computed_once(&self, plan: &Plan) {
+        let running = self.open.keys().filter_map(|id| self.scheduler.sequence(*id));
+        let mut had: HashSet<&[u32]> = running.flat_map(|s| full_blocks(s, 0, computed_of(s))).collect();
+        for piece in &plan.pieces {
+            let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
+            for block in self.filled(piece) {
+                let must = is_uncached(sequence.terms()) || block.len() == last_block_end(sequence);
+                assert!(had.insert(block) || must, "request {} computes a block that another has", piece.seq.0);
+            }
+        }
+    }
+
+    /// The blocks that a piece makes full, each as all tokens up to its end.
+    fn filled(&self, piece: &Piece) -> impl Iterator<Item = &[u32]> {
+        let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
+        full_blocks(sequence, piece.start, piece.start + piece.known())
+    }
+
     fn check_piece(&mut self, piece: &Piece) {
         let sequence = self.scheduler.sequence(piece.seq).expect("a planned sequence runs");
         let open = self.open.get_mut(&piece.seq).expect("a planned sequence is open");
-        let uncached = sequence.terms().all_logits || sequence.terms().states == States::All;
+        let uncached = is_uncached(sequence.terms());
         match open.next {
+            Some(next) if piece.start > next && !uncached => {
+                assert!(piece.start.is_multiple_of(BLOCK_TOKENS), "what another computed is whole blocks");
+            }
             Some(next) => assert_eq!(piece.start, next, "pieces follow one another"),
             None if uncached => assert_eq!(piece.start, 0, "what must be read off is computed"),
             None => assert!(piece.start.is_multiple_of(BLOCK_TOKENS), "a cached prefix is whole blocks"),
@@ -431,6 +502,29 @@ impl World {
         assert!(tally.for_share <= changes, "{} put back for {changes} changes of who is there", tally.for_share);
         self.tally
     }
+}
+
+fn computed_of(sequence: &Sequence) -> usize {
+    sequence.tokens().len() - sequence.pending()
+}
+
+/// What is read off a sequence's rows must be computed.
+fn is_uncached(terms: Terms) -> bool {
+    terms.all_logits || terms.states == States::All
+}
+
+/// Where the block of its last token ends.
+fn last_block_end(sequence: &Sequence) -> usize {
+    sequence.tokens().len().next_multiple_of(BLOCK_TOKENS)
+}
+
+/// The blocks that become full between two positions, each as all tokens up to its end.
+fn full_blocks(sequence: &Sequence, start: usize, end: usize) -> impl Iterator<Item = &[u32]> {
+    (start / BLOCK_TOKENS + 1..=end / BLOCK_TOKENS).map(|count| &sequence.tokens()[..count * BLOCK_TOKENS])
+}
+
+fn text(rng: &mut StdRng, len: usize) -> Vec<u32> {
+    (0..len).map(|_| rng.random_range(0..50)).collect()
 }
 
 /// The first tenant sends half of all.

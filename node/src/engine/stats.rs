@@ -29,7 +29,7 @@ pub struct Stats {
     pub prompt_tokens: AtomicU64,
     /// Tokens looked up in the prefix cache; again each time a sequence is let in after it was put back.
     pub tokens_looked_up: AtomicU64,
-    /// Of those, found there.
+    /// Of those, found there, when the sequence was let in or while it caught up.
     pub prompt_tokens_cached: AtomicU64,
     /// Tokens generated.
     pub generated_tokens: AtomicU64,

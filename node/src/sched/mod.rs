@@ -8,24 +8,31 @@
 //! 2. **Decode.** Every running sequence that lacks one token gets it. When blocks run out, somebody is put back.
 //! 3. **Catch up.** What is left of the budget goes to prompts in pieces, the share that has spent least first, within it the oldest.
 //!
+//! What several have in common is computed by one. Before the three passes, who still catches up takes full blocks that have become known
+//! meanwhile in place of its own; and in the third, whose next block somebody else fills in this very step waits for it. So of many that
+//! come at once with one beginning, one computes it, and each of the others no more than its own end. Who reads something off its rows
+//! neither takes nor waits, but others may have its blocks.
+//!
 //! To a step that has nothing to catch up on, the caller may add guesses at the next tokens ([`Scheduler::propose`]), which are computed
 //! as if they were known. They take what nobody else wants: the rest of the budget, and blocks while one is left for each running
 //! sequence, given back when the guesses prove wrong. So nobody is put back for a guess. Only tokens that were really sampled count as
 //! computed and are sealed into the prefix cache.
 //!
 //! Why everybody comes to an end: the oldest running sequence is never put back, in neither pass; it decodes in each step, and its share
-//! gets its part of the budget. Nobody is passed by for want of blocks: when the next one to let in does not fit, the others wait too.
-//! A place changes hands only towards a more even batch, so it does not change back, and blocks run out only where somebody has grown.
+//! gets its part of the budget. Who waits for a block waits for what is in the plan, and has it in the next step; when the one that was
+//! to fill it is gone by then, it waits for the next or fills it itself. Nobody is passed by for want of blocks: when the next one to
+//! let in does not fit, the others wait too. A place changes hands only towards a more even batch, so it does not change back, and blocks
+//! run out only where somebody has grown.
 
 mod sequence;
 mod share;
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeSet, BinaryHeap, HashMap},
+    collections::{BTreeSet, BinaryHeap, HashMap, HashSet},
 };
 
-use crate::kv::{BlockId, KvPool};
+use crate::kv::{BlockHash, BlockId, KvPool};
 
 pub use sequence::{Sequence, States, Terms};
 pub use share::{Class, Owner};
@@ -87,7 +94,8 @@ pub struct Plan {
     pub preempted: Vec<(SeqId, Cause)>,
     /// Tokens of newly admitted sequences that were looked up in the prefix cache.
     pub tokens_looked_up: usize,
-    /// Tokens of newly admitted sequences whose keys and values came from the prefix cache.
+    /// Tokens whose keys and values came from the prefix cache, when their sequence was let in or while it caught up. From one time that
+    /// it is let in to the next each of them counts once at most, so they are never more than were looked up.
     pub tokens_cached: usize,
 }
 
@@ -119,6 +127,8 @@ pub struct Scheduler {
     shares: Shares,
     /// Scratch of one step.
     decoding: Vec<SeqId>,
+    /// Blocks that the step being planned fills; scratch too.
+    filled: HashSet<BlockHash>,
 }
 
 /// How a waiting sequence gets in.
@@ -137,8 +147,8 @@ impl Scheduler {
     pub fn new(limits: Limits, blocks: usize) -> Self {
         let limits = Limits { batch_size_max: limits.batch_size_max.min(limits.batch_tokens_max), ..limits };
         let shares = Shares::new(limits.batch_tokens_max);
-        let (sequences, running, decoding) = (HashMap::new(), BTreeSet::new(), Vec::new());
-        Self { limits, kv: KvPool::new(blocks), sequences, running, shares, decoding }
+        let (sequences, running, decoding, filled) = (HashMap::new(), BTreeSet::new(), Vec::new(), HashSet::new());
+        Self { limits, kv: KvPool::new(blocks), sequences, running, shares, decoding, filled }
     }
 
     /// Adds a sequence, which waits until it is let in. `id` must be larger than all before it, `tokens` must not be empty, and the
@@ -191,6 +201,7 @@ impl Scheduler {
     /// Decides the next step, and takes the blocks it writes to.
     pub fn plan(&mut self) -> Plan {
         let mut plan = Plan::default();
+        self.reuse(&mut plan);
         self.admit(&mut plan);
         self.decode(&mut plan);
         self.catch_up(&mut plan);
@@ -236,6 +247,18 @@ impl Scheduler {
         }
     }
 
+    /// Gives those who catch up what has become known since they were let in. It comes first, while what the last step computed is surely
+    /// still there.
+    fn reuse(&mut self, plan: &mut Plan) {
+        for id in &self.running {
+            let sequence = self.sequences.get_mut(id).expect("a running sequence is known");
+            if sequence.pending() > 1 {
+                let found = self.kv.find(sequence.findable());
+                plan.tokens_cached += sequence.reuse(found, &mut self.kv);
+            }
+        }
+    }
+
     /// Lets waiting sequences in until the next one has no room. It is not passed by, so it gets what becomes free.
     fn admit(&mut self, plan: &mut Plan) {
         while let Some(id) = self.shares.next_to_start(self.running.len() >= self.limits.batch_size_max) {
@@ -250,7 +273,7 @@ impl Scheduler {
         let sequence = self.known(id);
         let (share, wanted) = (sequence.share, sequence.blocks_wanted());
         let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
-        let found = self.kv.find(sequence.known_prefix());
+        let found = self.kv.find(sequence.findable());
         let idle = found.iter().filter(|block| self.kv.references(**block) == 0).count();
         let (mut available, mut running) = (self.kv.available() - idle, self.running.len());
         let mut gone = Vec::new();
@@ -271,11 +294,9 @@ impl Scheduler {
     }
 
     fn start(&mut self, id: SeqId, found: Vec<BlockId>, plan: &mut Plan) {
-        self.kv.take(&found);
         let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is known");
         plan.tokens_looked_up += if sequence.uses_prefix_cache() { sequence.tokens().len() } else { 0 };
-        sequence.begin(found);
-        plan.tokens_cached += sequence.computed;
+        plan.tokens_cached += sequence.reuse(found, &mut self.kv);
         for _ in sequence.blocks.len()..sequence.blocks_wanted() {
             sequence.blocks.push(self.kv.allocate().expect("availability was checked"));
         }
@@ -297,23 +318,41 @@ impl Scheduler {
     }
 
     fn catch_up(&mut self, plan: &mut Plan) {
-        let mut budget = self.limits.batch_tokens_max - plan.tokens();
-        let mut logit_rows = LOGIT_ROWS_MAX;
         let first = |share| self.turn(share, None);
         let mut turns: BinaryHeap<Turn> = self.shares.with_running().filter_map(first).collect();
+        if turns.is_empty() {
+            return;
+        }
+        self.filled.clear();
+        plan.pieces.iter().for_each(|piece| self.note_filled(piece.seq, piece.len));
+        let mut budget = self.limits.batch_tokens_max - plan.tokens();
+        let mut logit_rows = LOGIT_ROWS_MAX;
         while budget > 0
             && let Some(Reverse((_, id, share))) = turns.pop()
         {
             let sequence = self.known(id);
             let all_logits = sequence.terms().all_logits;
             let len = sequence.pending().min(budget).min(if all_logits { logit_rows } else { usize::MAX });
-            if len > 0 {
+            if len > 0 && !self.next_is_filled(id) {
                 budget -= len;
                 logit_rows -= if all_logits { len } else { 0 };
+                self.note_filled(id, len);
                 self.schedule(id, len, plan);
             }
             turns.extend(self.turn(share, Some(id)));
         }
+    }
+
+    /// Notes which blocks a sequence's next `len` tokens fill.
+    fn note_filled(&mut self, id: SeqId, len: usize) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
+        self.filled.extend(sequence.filled_by(len));
+    }
+
+    /// Whether this step fills a sequence's next block for somebody else, so that it is found in the next one.
+    fn next_is_filled(&mut self, id: SeqId) -> bool {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
+        sequence.findable().first().is_some_and(|next| self.filled.contains(next))
     }
 
     /// A share's next turn to catch up, with its oldest sequence after `after` that has more than one token to compute.
@@ -408,6 +447,93 @@ mod tests {
         let plan = step(&mut s, 9);
         assert_eq!(shape(&plan), [(1, 32, 1), (2, 16, 16)]);
         assert_eq!(plan.tokens_cached, 16);
+    }
+
+    /// `shared` tokens that all prompts begin with, and `own` of nobody else.
+    fn prompt(id: u64, shared: u32, own: u32) -> Vec<u32> {
+        (0..shared).chain((0..own).map(|i| 1000 + 100 * id as u32 + i)).collect()
+    }
+
+    /// Steps until each has its first token, and the tokens that they computed of the prompts.
+    fn until_all_sampled(s: &mut Scheduler, count: usize) -> (usize, usize) {
+        let (mut steps, mut computed, mut sampled) = (0, 0, HashSet::new());
+        while sampled.len() < count {
+            let plan = step(s, 9);
+            steps += 1;
+            computed += plan.pieces.iter().filter(|p| !sampled.contains(&p.seq)).map(|p| p.len).sum::<usize>();
+            sampled.extend(plan.pieces.iter().filter(|p| p.samples).map(|p| p.seq));
+        }
+        (steps, computed)
+    }
+
+    #[test]
+    fn of_many_that_come_at_once_with_one_beginning_each_computes_its_own_end() {
+        for (budget, steps) in [(256, 6), (2048, 2)] {
+            let mut s = scheduler(32, budget, 32 * 34);
+            let tenants = ["one", "two", "three"];
+            (0..32).for_each(|i| s.add(SeqId(i), prompt(i, 500, 20), Terms::default(), owner(tenants[i as usize % 3])));
+            // 31 blocks are common to all; after them each has 24 tokens, of which 4 are common, but fill no block
+            assert_eq!(
+                until_all_sampled(&mut s, 32),
+                (steps, 496 + 32 * 24),
+                "of {} tokens, {budget} a step",
+                32 * 520
+            );
+        }
+    }
+
+    #[test]
+    fn who_waits_for_a_block_gives_its_turn_to_others_and_is_not_charged() {
+        let mut s = scheduler(8, 100, 64);
+        s.add(SeqId(1), prompt(1, 64, 6), Terms::default(), owner("a"));
+        s.add(SeqId(2), prompt(2, 64, 6), Terms::default(), owner("b"));
+        s.add(SeqId(3), vec![7; 90], Terms::default(), owner("b"));
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 70), (3, 0, 30)]);
+        let plan = step(&mut s, 9);
+        assert_eq!((shape(&plan), plan.tokens_cached), (vec![(1, 70, 1), (2, 64, 6), (3, 30, 60)], 64));
+    }
+
+    #[test]
+    fn when_the_one_that_was_waited_for_is_gone_another_computes() {
+        let mut s = scheduler(8, 100, 64);
+        (1..4).for_each(|i| s.add(SeqId(i), prompt(i, 64, 6), Terms::default(), Owner::default()));
+        let plan = s.plan();
+        assert_eq!(shape(&plan), [(1, 0, 70)]);
+        assert!(s.remove(SeqId(1)));
+        s.advance(&plan);
+        assert_eq!(shape(&step(&mut s, 9)), [(2, 0, 70)]);
+        assert_eq!(shape(&step(&mut s, 9)), [(2, 70, 1), (3, 64, 6)]);
+    }
+
+    #[test]
+    fn a_block_begun_is_left_for_the_same_one_filled_by_another() {
+        let mut s = scheduler(8, 24, 64);
+        s.add(SeqId(1), prompt(1, 64, 6), Terms::default(), owner("a"));
+        assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 24)]);
+        // the newcomer has had less, and fills what the other has begun
+        s.add(SeqId(2), prompt(2, 64, 6), Terms::default(), owner("b"));
+        assert_eq!(shape(&step(&mut s, 9)), [(2, 16, 24)]);
+        let (used, plan) = (s.kv().counts().referenced, s.plan());
+        assert_eq!((plan.pieces[0].start, plan.tokens_cached), (32, 8), "{plan:?}");
+        assert_eq!(s.kv().counts().referenced, used - 1, "the block that was begun is free");
+    }
+
+    #[test]
+    fn what_is_read_off_is_computed_and_others_may_have_it() {
+        for terms in [Terms { all_logits: true, ..Terms::default() }, Terms { states: States::All, ..Terms::default() }]
+        {
+            let mut s = scheduler(8, 512, 64);
+            s.add(SeqId(1), prompt(1, 32, 0), Terms::default(), Owner::default());
+            s.add(SeqId(2), prompt(2, 32, 0), terms, Owner::default());
+            assert_eq!(shape(&step(&mut s, 9)), [(1, 0, 32), (2, 0, 32)]);
+            // of two blocks with the same content one is kept
+            assert_eq!(s.kv().counts().referenced, 2);
+            s.add(SeqId(3), prompt(3, 40, 0), terms, Owner::default());
+            s.add(SeqId(4), prompt(4, 40, 0), Terms::default(), Owner::default());
+            let plan = step(&mut s, 9);
+            assert!(shape(&plan).contains(&(4, 32, 8)), "{plan:?}");
+            assert!(plan.pieces.iter().any(|p| p.seq == SeqId(3) && p.start == 0), "{plan:?}");
+        }
     }
 
     #[test]

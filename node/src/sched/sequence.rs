@@ -113,18 +113,39 @@ impl Sequence {
         self.tokens.len().div_ceil(BLOCK_TOKENS)
     }
 
-    /// Hashes of what may be found in the prefix cache. At least one token stays to be computed: its logits are what comes next.
-    pub(super) fn known_prefix(&mut self) -> &[BlockHash] {
-        let count = if self.uses_prefix_cache() { (self.tokens.len() - 1) / BLOCK_TOKENS } else { 0 };
-        self.hash_blocks(count);
-        &self.chain[..count]
+    /// Hashes of the blocks from its next token on that may be found in the prefix cache. At least one token stays to be computed: its
+    /// logits are what comes next.
+    pub(super) fn findable(&mut self) -> &[BlockHash] {
+        if !self.uses_prefix_cache() {
+            return &[];
+        }
+        let end = (self.tokens.len() - 1) / BLOCK_TOKENS;
+        self.hash_blocks(end);
+        &self.chain[self.computed / BLOCK_TOKENS..end]
     }
 
-    /// Begins with what was found in the prefix cache.
-    pub(super) fn begin(&mut self, found: Vec<BlockId>) {
-        self.computed = found.len() * BLOCK_TOKENS;
-        self.sealed = found.len();
-        self.blocks = found;
+    /// Goes on after what was found of its [`findable`](Self::findable) blocks, which replace its own; gives how many tokens need not be
+    /// computed for that.
+    pub(super) fn reuse(&mut self, found: Vec<BlockId>, kv: &mut KvPool) -> usize {
+        if found.is_empty() {
+            return 0;
+        }
+        kv.take(&found);
+        let start = self.computed / BLOCK_TOKENS;
+        let end = start + found.len();
+        // a sequence that is only let in has none of its own
+        let own = start..end.min(self.blocks.len());
+        self.blocks.splice(own, found).for_each(|block| kv.release(block));
+        let before = std::mem::replace(&mut self.computed, end * BLOCK_TOKENS);
+        self.sealed = end;
+        self.computed - before
+    }
+
+    /// Hashes of the blocks that are full once its next `len` tokens are computed, and are not yet.
+    pub(super) fn filled_by(&mut self, len: usize) -> &[BlockHash] {
+        let (start, end) = (self.computed / BLOCK_TOKENS, (self.computed + len) / BLOCK_TOKENS);
+        self.hash_blocks(end);
+        &self.chain[start..end]
     }
 
     /// `len` more tokens are computed; blocks that became full can be found from now on.
@@ -132,7 +153,7 @@ impl Sequence {
         self.computed += len;
         let full = self.computed / BLOCK_TOKENS;
         self.hash_blocks(full);
-        (self.sealed..full).for_each(|i| kv.seal(self.blocks[i], self.chain[i]));
+        (self.sealed..full).for_each(|i| self.blocks[i] = kv.seal(self.blocks[i], self.chain[i]));
         self.sealed = full;
     }
 
