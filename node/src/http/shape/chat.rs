@@ -1,11 +1,34 @@
 //! `chat.completion` and its chunks.
 
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Value, json};
 
-use super::{Event, Head, Said, Scored, Shape, Spelled, Step, Usage, finish_reason, finite};
+use super::{Event, Head, Said, Scored, Shape, Spelled, Step, Usage, Wrapped, finish_reason, finite};
 use crate::output::Piece;
 
 const ID: &str = "chatcmpl-";
+
+/// One choice of a chunk.
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    delta: Delta<'a>,
+    logprobs: Value,
+    finish_reason: Option<&'static str>,
+}
+
+/// What a step adds to a message.
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Value>,
+}
 
 /// Chat completions.
 pub(in crate::http) struct Chat {
@@ -18,34 +41,26 @@ impl Chat {
         Self { head, include_usage }
     }
 
-    fn chunk(&self, choices: Value) -> Value {
+    fn chunk<C>(&self, choices: C) -> Wrapped<'_, C> {
         self.head.wrap(ID, "chat.completion.chunk", choices)
     }
 
-    fn delta(&self, step: &Step) -> Map<String, Value> {
-        let mut delta = Map::new();
+    fn delta<'a>(&self, step: &'a Step) -> Delta<'a> {
+        let mut delta = Delta::default();
         if step.opens {
-            delta.insert("role".into(), "assistant".into());
-            delta.insert("content".into(), "".into());
+            delta = Delta { role: Some("assistant"), content: Some(""), ..delta };
         }
-        let mut calls: Vec<Value> = Vec::new();
+        let calls = &mut delta.tool_calls;
         for piece in &step.pieces {
             match piece {
-                Piece::Text(text) => {
-                    delta.insert("content".into(), text.as_str().into());
-                }
-                Piece::Reasoning(text) => {
-                    delta.insert("reasoning_content".into(), text.as_str().into());
-                }
+                Piece::Text(text) => delta.content = Some(text),
+                Piece::Reasoning(text) => delta.reasoning_content = Some(text),
                 Piece::Call { index, name } => calls.push(self.call(step.choice, *index, name, "", true)),
                 Piece::Arguments { index, json } => match calls.last_mut().filter(|call| call["index"] == *index) {
                     Some(call) => call["function"]["arguments"] = json.as_str().into(),
                     None => calls.push(json!({"index": index, "function": {"arguments": json}})),
                 },
             }
-        }
-        if !calls.is_empty() {
-            delta.insert("tool_calls".into(), calls.into());
         }
         delta
     }
@@ -82,18 +97,15 @@ impl Shape for Chat {
     fn step(&mut self, step: &Step, out: &mut Vec<Event>) {
         let says = step.opens || !step.pieces.is_empty() || step.ended.is_some() || step.scored.is_some();
         if says {
-            let (delta, finish) = (self.delta(step), finish_reason(step.ended.as_ref()));
+            let (delta, finish_reason) = (self.delta(step), finish_reason(step.ended.as_ref()));
             let logprobs = logprobs(step.scored.as_deref());
-            let choice = json!({"index": step.choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish});
-            out.push(Event::of(&self.chunk(json!([choice]))));
+            out.push(Event::of(&self.chunk([Choice { index: step.choice, delta, logprobs, finish_reason }])));
         }
     }
 
     fn tail(&mut self, _: &[&Said], usage: Usage, out: &mut Vec<Event>) {
         if self.include_usage {
-            let mut chunk = self.chunk(json!([]));
-            chunk["usage"] = usage.json();
-            out.push(Event::of(&chunk));
+            out.push(Event::of(&self.chunk([(); 0]).with(usage)));
         }
         out.push(Event::done());
     }
@@ -103,9 +115,8 @@ impl Shape for Chat {
             let (message, finish) = (self.message(i, said), finish_reason(said.ended.as_ref()));
             json!({"index": i, "message": message, "logprobs": logprobs(said.scored.as_deref()), "finish_reason": finish})
         };
-        let mut whole = self.head.wrap(ID, "chat.completion", (0..).zip(said).map(choice).collect());
-        whole["usage"] = usage.json();
-        whole
+        let choices: Vec<Value> = (0..).zip(said).map(choice).collect();
+        json!(self.head.wrap(ID, "chat.completion", choices).with(usage))
     }
 }
 

@@ -1,5 +1,6 @@
 //! `text_completion`.
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Event, Head, Said, Scored, Shape, Step, Usage, finish_reason, finite};
@@ -7,6 +8,15 @@ use crate::output::Piece;
 
 const ID: &str = "cmpl-";
 const OBJECT: &str = "text_completion";
+
+/// One choice of a chunk, or of a whole answer.
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    text: &'a str,
+    logprobs: Value,
+    finish_reason: Option<&'static str>,
+}
 
 /// Text completions.
 pub(in crate::http) struct Completion {
@@ -31,27 +41,24 @@ impl Shape for Completion {
             .filter_map(|piece| if let Piece::Text(text) = piece { Some(text.as_str()) } else { None });
         let (text, logprobs) = (texts.collect::<String>(), logprobs(step.scored.as_deref()));
         let finish = finish_reason(step.ended.as_ref());
-        let choice = json!({"index": step.choice, "text": text, "logprobs": logprobs, "finish_reason": finish});
-        out.push(Event::of(&self.head.wrap(ID, OBJECT, json!([choice]))));
+        let choice = Choice { index: step.choice, text: &text, logprobs, finish_reason: finish };
+        out.push(Event::of(&self.head.wrap(ID, OBJECT, [choice])));
     }
 
     fn tail(&mut self, _: &[&Said], usage: Usage, out: &mut Vec<Event>) {
         if self.include_usage {
-            let mut chunk = self.head.wrap(ID, OBJECT, json!([]));
-            chunk["usage"] = usage.json();
-            out.push(Event::of(&chunk));
+            out.push(Event::of(&self.head.wrap(ID, OBJECT, [(); 0]).with(usage)));
         }
         out.push(Event::done());
     }
 
     fn whole(&self, said: &[&Said], usage: Usage) -> Value {
-        let choice = |(i, said): (usize, &&Said)| {
-            let (logprobs, finish) = (logprobs(said.scored.as_deref()), finish_reason(said.ended.as_ref()));
-            json!({"index": i, "text": said.text, "logprobs": logprobs, "finish_reason": finish})
-        };
-        let mut whole = self.head.wrap(ID, OBJECT, said.iter().enumerate().map(choice).collect());
-        whole["usage"] = usage.json();
-        whole
+        let choices = (0..).zip(said).map(|(index, said)| {
+            let (logprobs, finish_reason) = (logprobs(said.scored.as_deref()), finish_reason(said.ended.as_ref()));
+            Choice { index, text: &said.text, logprobs, finish_reason }
+        });
+        let choices: Vec<Choice<'_>> = choices.collect();
+        json!(self.head.wrap(ID, OBJECT, choices).with(usage))
     }
 }
 

@@ -9,6 +9,7 @@ mod messages;
 mod query;
 mod responses;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tidegate_common::contract::event;
@@ -68,8 +69,8 @@ pub(super) struct Head {
 
 impl Event {
     /// Without a name.
-    pub(super) fn of(data: &Value) -> Self {
-        Self { name: None, data: data.to_string() }
+    pub(super) fn of(data: &impl Serialize) -> Self {
+        Self { name: None, data: serde_json::to_string(data).expect("our own answers can be written as JSON") }
     }
 
     /// The last event of OpenAI's streams.
@@ -100,7 +101,7 @@ impl Head {
 
     /// An id of the answer itself.
     fn id(&self, prefix: &str) -> String {
-        format!("{prefix}{}", self.request)
+        [prefix, &self.request].concat()
     }
 
     /// An id of a part of it: the same on every node. `digits` hexadecimal digits, at most 64.
@@ -115,19 +116,47 @@ impl Head {
         self.part_id("", &format!("call/{choice}/{index}"), 9)
     }
 
-    fn wrap(&self, prefix: &str, object: &str, choices: Value) -> Value {
-        json!({"id": self.id(prefix), "object": object, "created": self.created, "model": self.model, "system_fingerprint": self.fingerprint, "choices": choices})
+    fn wrap<C>(&self, prefix: &str, object: &'static str, choices: C) -> Wrapped<'_, C> {
+        Wrapped {
+            id: self.id(prefix),
+            object,
+            created: self.created,
+            model: &self.model,
+            system_fingerprint: &self.fingerprint,
+            choices,
+            usage: None,
+        }
+    }
+}
+
+/// What OpenAI's completions and their chunks have in common. Chunks are written with each token, so nothing is copied that can be
+/// borrowed.
+#[derive(Serialize)]
+struct Wrapped<'a, C> {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: C,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Value>,
+}
+
+impl<C> Wrapped<'_, C> {
+    fn with(mut self, usage: Usage) -> Self {
+        self.usage = Some(usage.json());
+        self
     }
 }
 
 /// OpenAI's word.
-fn finish_reason(why: Option<&Why>) -> Value {
-    match why {
-        None => Value::Null,
-        Some(Why::Stop | Why::StopString(_)) => "stop".into(),
-        Some(Why::Length) => "length".into(),
-        Some(Why::ToolCalls) => "tool_calls".into(),
-    }
+fn finish_reason(why: Option<&Why>) -> Option<&'static str> {
+    Some(match why? {
+        Why::Stop | Why::StopString(_) => "stop",
+        Why::Length => "length",
+        Why::ToolCalls => "tool_calls",
+    })
 }
 
 fn finite(logprob: f32) -> f32 {

@@ -1,11 +1,20 @@
 //! The shortest answers: an `answer` and nothing that one must dig for.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Event, Head, Said, Shape, Step, Usage, finish_reason};
 use crate::output::Piece;
 
 const ID: &str = "chat-";
+
+/// More of an answer.
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: String,
+    answer: &'a str,
+    finish_reason: Option<&'static str>,
+}
 
 /// Answers to queries.
 pub(in crate::http) struct Query {
@@ -27,8 +36,8 @@ impl Shape for Query {
             .filter_map(|piece| if let Piece::Text(text) = piece { Some(text.as_str()) } else { None });
         let text = texts.collect::<String>();
         if !text.is_empty() || step.ended.is_some() {
-            let finish = finish_reason(step.ended.as_ref());
-            out.push(Event::of(&json!({"id": self.head.id(ID), "answer": text, "finish_reason": finish})));
+            let finish_reason = finish_reason(step.ended.as_ref());
+            out.push(Event::of(&Chunk { id: self.head.id(ID), answer: &text, finish_reason }));
         }
     }
 
