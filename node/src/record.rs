@@ -7,7 +7,8 @@ use std::{
 };
 
 use prometheus::{
-    Encoder, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, TextEncoder, proto::MetricFamily,
+    Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, TextEncoder,
+    proto::MetricFamily,
 };
 use tidegate_common::{
     contract::{ApiError, ErrorKind},
@@ -179,6 +180,10 @@ impl Metrics {
         }
     }
 
+    fn between_tokens_of(&self, model: &str) -> [Histogram; 2] {
+        self.between_tokens.each_ref().map(|histograms| histograms.with_label_values(&[model]))
+    }
+
     /// All metrics in Prometheus' text format.
     pub fn render(&self, models: &Models) -> String {
         let mut out = Vec::new();
@@ -277,6 +282,8 @@ fn preemptions_by_reason(stats: &Stats) -> IntCounterVec {
 pub struct Record {
     metrics: Metrics,
     model: String,
+    /// [`Metrics::between_tokens`] of the model, found once and not for each token.
+    between_tokens: [Histogram; 2],
     path: String,
     id: RequestId,
     arrived: Instant,
@@ -297,6 +304,7 @@ impl Record {
         Self {
             metrics: metrics.clone(),
             model: metrics.model.clone(),
+            between_tokens: metrics.between_tokens_of(&metrics.model),
             path: path.to_owned(),
             id: id.clone(),
             arrived,
@@ -326,6 +334,7 @@ impl Record {
     /// It is for this model, which is served here.
     pub fn of_model(&mut self, model: &str) {
         model.clone_into(&mut self.model);
+        self.between_tokens = self.metrics.between_tokens_of(model);
     }
 
     /// It runs or waits.
@@ -341,8 +350,7 @@ impl Record {
         self.tokens += 1;
         if let Some(before) = self.newest_tokens.insert(choice, now) {
             let between = (now - before).as_secs_f64();
-            let histograms = self.metrics.between_tokens.iter();
-            histograms.for_each(|h| h.with_label_values(&[&self.model]).observe(between));
+            self.between_tokens.iter().for_each(|histogram| histogram.observe(between));
         }
     }
 
