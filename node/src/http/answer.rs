@@ -4,6 +4,7 @@
 //! taken up here begin after the tokens that the client has had.
 
 use std::{
+    pin::Pin,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -14,10 +15,13 @@ use axum::{
     response::IntoResponse,
 };
 use bytes::Bytes;
-use futures::{FutureExt, StreamExt};
+use futures::{FutureExt, StreamExt, future::BoxFuture};
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, ErrorKind, EventId, event};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, Sleep, sleep, sleep_until},
+};
 use tokio_stream::{StreamMap, wrappers::ReceiverStream};
 
 use super::{
@@ -99,7 +103,7 @@ async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>)
     });
     let valid = valid.await?;
     app.refuse_while_draining()?;
-    Answer::submit(app.clone(), loaded, path, frame.clone(), valid)
+    Answer::submit(app, loaded, path, frame.clone(), valid)
 }
 
 /// Does `work` on a thread that serves nobody: JSON, templates, tokenizers and grammars take milliseconds.
@@ -114,7 +118,7 @@ async fn read_body(app: &App, frame: &Frame, body: Body) -> Result<Vec<u8>, ApiE
     let request = &app.config.request;
     // a balancer sends a client's body again with the tokens that the client has had
     let resumed = if frame.wire { request.choices_max * app.models.context_max() * TOKEN_BYTES_MAX } else { 0 };
-    let deadline = tokio::time::Instant::from_std(frame.deadline);
+    let deadline = Instant::from_std(frame.deadline);
     let reading = read_at_most(body, request.body_bytes_max.saturating_add(resumed));
     tokio::time::timeout_at(deadline, reading).await.map_err(|_| too_slow())?
 }
@@ -157,7 +161,6 @@ fn internal() -> ApiError {
 
 /// A running generation.
 struct Answer {
-    app: Arc<App>,
     /// The model it began with, held to the last byte.
     loaded: Arc<Loaded>,
     path: String,
@@ -169,8 +172,28 @@ struct Answer {
     /// Tokens of the choices that the engine works on.
     tokens: StreamMap<u32, Tokens>,
     record: Option<Record>,
+    watch: Watch,
     beats_seen: u64,
     ended: bool,
+}
+
+/// What is watched beside the tokens from the first to the last: timers anew for each token would cost more than it.
+struct Watch {
+    handover: BoxFuture<'static, ()>,
+    deadline: Pin<Box<Sleep>>,
+    /// Set anew by each sign of life.
+    silence: Pin<Box<Sleep>>,
+}
+
+impl Watch {
+    fn new(app: &App, frame: &Frame) -> Self {
+        let mut handover = app.handover.clone();
+        Self {
+            handover: Box::pin(async move { handover.wait().await }),
+            deadline: Box::pin(sleep_until(Instant::from_std(frame.deadline))),
+            silence: Box::pin(sleep(WAIT_INTERVAL)),
+        }
+    }
 }
 
 /// One choice of it.
@@ -197,7 +220,7 @@ impl Running {
 
 impl Answer {
     fn submit(
-        app: Arc<App>,
+        app: &App,
         loaded: Arc<Loaded>,
         path: String,
         frame: Frame,
@@ -211,8 +234,9 @@ impl Answer {
         }
         let indices: Vec<u32> = generations.iter().map(|g| g.choice).collect();
         let tokens =
-            loaded.engine.submit(&frame.owner, generations).map_err(|refused| refusal(refused, &app, &loaded))?;
+            loaded.engine.submit(&frame.owner, generations).map_err(|refused| refusal(refused, app, &loaded))?;
         Ok(Self {
+            watch: Watch::new(app, &frame),
             loaded,
             path,
             frame,
@@ -224,7 +248,6 @@ impl Answer {
             record: None,
             beats_seen: 0,
             ended: false,
-            app,
         })
     }
 
@@ -248,7 +271,7 @@ impl Answer {
     }
 
     async fn send(mut self, client: mpsc::Sender<Bytes>) {
-        let last_word = tokio::time::Instant::from_std(self.frame.deadline) + WRITE_GRACE;
+        let last_word = Instant::from_std(self.frame.deadline) + WRITE_GRACE;
         loop {
             let frame = tokio::select! {
                 frame = self.next_frame() => frame,
@@ -310,8 +333,8 @@ impl Answer {
         if self.choices.iter().all(Running::is_whole) {
             return Next::Finished;
         }
-        let mut handover = self.app.handover.clone();
-        let deadline = tokio::time::Instant::from_std(self.frame.deadline);
+        let Watch { handover, deadline, silence } = &mut self.watch;
+        silence.as_mut().reset(Instant::now() + WAIT_INTERVAL);
         tokio::select! {
             biased;
             // tokens that are there go out before anything ends the answer
@@ -319,9 +342,9 @@ impl Answer {
                 Some((choice, event)) => Next::Token(choice, event),
                 None => self.after_last(),
             },
-            () = handover.wait() => Next::Broken(Outcome::HandedOver),
-            () = tokio::time::sleep_until(deadline) => Next::Broken(self.late()),
-            () = tokio::time::sleep(WAIT_INTERVAL) => Next::Silence,
+            () = handover => Next::Broken(Outcome::HandedOver),
+            () = deadline => Next::Broken(self.late()),
+            () = silence => Next::Silence,
         }
     }
 
@@ -356,20 +379,20 @@ impl Answer {
         if self.stream {
             self.shape.step(&step, &mut events);
         }
-        self.write_events(&EventId::Tokens { choice, offset, tokens: vec![event.token] }, &events, out);
+        self.write_events(|| EventId::Tokens { choice, offset, tokens: vec![event.token] }, &events, out);
     }
 
-    /// Events that belong together: the last one carries `id`, which goes to balancers only, if need be without data.
-    fn write_events(&self, id: &EventId, events: &[shape::Event], out: &mut Vec<u8>) {
-        let id = self.frame.wire.then_some(id);
+    /// Events that belong together: the last one carries the id, which goes to balancers only, if need be without data.
+    fn write_events(&self, id: impl FnOnce() -> EventId, events: &[shape::Event], out: &mut Vec<u8>) {
+        let id = self.frame.wire.then(id);
         let Some((last, before)) = events.split_last() else {
             if id.is_some() {
-                event::write(out, id, None, None);
+                event::write(out, id.as_ref(), None, None);
             }
             return;
         };
         before.iter().for_each(|e| event::write(out, None, e.name, Some(e.data.as_bytes())));
-        event::write(out, id, last.name, Some(last.data.as_bytes()));
+        event::write(out, id.as_ref(), last.name, Some(last.data.as_bytes()));
     }
 
     /// A sign of life to a balancer, as long as the engine itself shows one.
@@ -393,7 +416,7 @@ impl Answer {
         } else {
             events.push(shape::Event::of(&self.whole()));
         }
-        self.write_events(&EventId::End, &events, out);
+        self.write_events(|| EventId::End, &events, out);
     }
 
     /// A balancer goes on elsewhere; a client that came directly, or whose time is over, is told.
@@ -403,7 +426,7 @@ impl Answer {
             out.extend_from_slice(event::HANDOVER);
         } else {
             let (name, data) = outcome.error().to_event_at(&self.path);
-            self.write_events(&EventId::End, &[shape::Event { name, ..shape::Event::of(&data) }], out);
+            self.write_events(|| EventId::End, &[shape::Event { name, ..shape::Event::of(&data) }], out);
         }
     }
 
