@@ -1,5 +1,6 @@
 //! The engine: one thread that owns the device, the scheduler and the KV pool, and a handle by which the async side talks to it.
-//! There is no lock between them: requests go in by a channel, tokens come out by one channel for each choice.
+//! There is no lock between them: requests go in by a channel; a step's tokens come out together, and a task hands them to one channel for
+//! each choice.
 
 mod draft;
 mod extras;
@@ -103,6 +104,23 @@ impl Tokens {
     }
 }
 
+/// A token on its way to its reader.
+struct Delivery {
+    to: events::Sender<Event>,
+    event: Event,
+}
+
+/// Hands out the tokens of each step. A task does it because the engine thread would wake another thread with each token, and may lose
+/// its core to that thread each time; so it is once a step.
+async fn deliver(mut steps: events::UnboundedReceiver<Vec<Delivery>>) {
+    while let Some(step) = steps.recv().await {
+        for Delivery { to, event } in step {
+            // an error means that the reader is gone, which the next step sees
+            let _ = to.try_send(event);
+        }
+    }
+}
+
 struct Start {
     owner: Owner,
     generation: Generation,
@@ -146,14 +164,18 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the engine thread, with a draft model if there is one; it ends when the last handle is gone.
+    /// Starts the engine thread, with a draft model if there is one; it ends when the last handle is gone. Call it within a tokio runtime,
+    /// which hands out the tokens.
     pub fn start(model: Box<dyn Model>, draft: Option<Draft>, config: EngineConfig) -> (Self, JoinHandle<()>) {
         let size = config.limits.batch_size_max;
         let places = Places::new(size + config.queue_max, size + config.queue_max_tenant);
         // starts of clients that left at once are only taken out with the next step
         let (starts, receiver) = mpsc::sync_channel(STARTS_MAX.min(2 * (size + config.queue_max)));
         let stats = Arc::new(Stats::new(config.blocks));
-        let worker = worker::Worker::new(model, draft, config, receiver, stats.clone());
+        // bounded all the same: every token in it has a place in its choice's own channel
+        let (deliveries, steps) = events::unbounded_channel();
+        tokio::spawn(deliver(steps));
+        let worker = worker::Worker::new(model, draft, config, receiver, deliveries, stats.clone());
         let builder = std::thread::Builder::new().name("engine".into());
         let thread = builder.spawn(move || worker.run()).expect("a thread can be started");
         (Self { starts, places, stats }, thread)

@@ -1,6 +1,9 @@
 //! The engine thread over tiny random models: the same answer whatever shares the batch, is preempted or resumed, and blocks come back.
 
+use std::sync::LazyLock;
+
 use candle_core::quantized::GgmlDType;
+use tokio::runtime::{Builder, Runtime};
 
 use super::*;
 use crate::{
@@ -29,7 +32,15 @@ fn speculating(
 ) -> Engine {
     let limits = Limits { batch_tokens_max, ..LIMITS };
     let config = EngineConfig { limits, queue_max, queue_max_tenant: queue_max, blocks, speculation };
-    Engine::start(tiny(arch, 3, blocks, batch_tokens_max, threads), None, config).0
+    start(tiny(arch, 3, blocks, batch_tokens_max, threads), None, config)
+}
+
+/// Starts an engine whose tokens are handed out on another thread.
+fn start(model: Box<dyn Model>, draft: Option<Draft>, config: EngineConfig) -> Engine {
+    static RUNTIME: LazyLock<Runtime> =
+        LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).build().unwrap());
+    let _within = RUNTIME.enter();
+    Engine::start(model, draft, config).0
 }
 
 fn tiny(arch: Architecture, seed: u64, blocks: usize, batch_tokens_max: usize, threads: usize) -> Box<dyn Model> {
@@ -167,7 +178,7 @@ fn steps_with_a_draft(seed: u64, (blocks, drafted_blocks): (usize, usize), batch
         let capacity = Capacity { batch_tokens_max: 16, context: 64, blocks: drafted_blocks, kv_dtype: KvDtype::F16 };
         let draft = Draft { model: tiny(Architecture::Llama, seed, drafted_blocks, 16, 1), capacity };
         let config = EngineConfig { limits, queue_max: 16, queue_max_tenant: 16, blocks, speculation };
-        let on = Engine::start(tiny(Architecture::Llama, 3, blocks, batch_tokens_max, 2), Some(draft), config).0;
+        let on = start(tiny(Architecture::Llama, 3, blocks, batch_tokens_max, 2), Some(draft), config);
         let running = on.submit(&Owner::default(), all().collect()).unwrap();
         let found: Vec<Vec<Event>> = running.into_iter().map(read_all).collect();
         assert_eq!(found, expected, "{blocks} blocks, {drafted_blocks} of the draft, {speculation:?}");
@@ -316,7 +327,7 @@ fn a_step_that_panics_ends_its_sequences_and_the_engine_lives() {
     let limits = Limits { batch_size_max: 1, batch_tokens_max: 24 };
     let config =
         EngineConfig { limits, queue_max: 4, queue_max_tenant: 4, blocks: 16, speculation: Speculation::Always };
-    let (engine, _) = Engine::start(Box::new(Poisoned), None, config);
+    let engine = start(Box::new(Poisoned), None, config);
     let prompt = |token: u32| Generation {
         tokens: vec![token; 3],
         prompt_len: 3,

@@ -16,7 +16,7 @@ use tokio::sync::mpsc as events;
 use tracing::{error, warn};
 
 use super::{
-    Draft, EngineConfig, Event, Generation, Start, Stats,
+    Delivery, Draft, EngineConfig, Event, Generation, Start, Stats,
     draft::{Drafter, Wish},
     extras::Extras,
     pace::Pace,
@@ -133,6 +133,8 @@ pub(super) struct Worker {
     batch: Batch,
     sequences: HashMap<SeqId, Running>,
     starts: Receiver<Start>,
+    /// The tokens of each step, all at once.
+    deliveries: events::UnboundedSender<Vec<Delivery>>,
     stats: Arc<Stats>,
     pace: Pace,
     speculation: Speculation,
@@ -153,6 +155,7 @@ impl Worker {
         draft: Option<Draft>,
         config: EngineConfig,
         starts: Receiver<Start>,
+        deliveries: events::UnboundedSender<Vec<Delivery>>,
         stats: Arc<Stats>,
     ) -> Self {
         Self {
@@ -161,6 +164,7 @@ impl Worker {
             batch: Batch::default(),
             sequences: HashMap::new(),
             starts,
+            deliveries,
             stats,
             pace: Pace::default(),
             speculation: config.speculation,
@@ -317,7 +321,7 @@ impl Worker {
     fn commit(&mut self, plan: &Plan, tokens: Vec<(SeqId, Option<Event>)>) {
         self.scheduler.advance(plan);
         self.judge_drafts(plan, &tokens);
-        let mut generated = 0;
+        let mut deliveries = Vec::with_capacity(tokens.len());
         for (id, event) in tokens {
             let s = self.sequences.get_mut(&id).expect("a sampled sequence is known");
             // none when only the prompt was asked for
@@ -325,10 +329,8 @@ impl Worker {
                 self.remove(id);
                 continue;
             };
-            generated += 1;
             let (token, finish) = (event.token, event.finish);
-            // an error means that the reader is gone, which the next step sees
-            let _ = s.events.try_send(event);
+            deliveries.push(Delivery { to: s.events.clone(), event });
             match finish {
                 Some(_) => {
                     self.pace.note_answer(s.generated);
@@ -337,7 +339,9 @@ impl Worker {
                 None => self.scheduler.push(id, token),
             }
         }
-        self.stats.generated_tokens.fetch_add(generated, Relaxed);
+        self.stats.generated_tokens.fetch_add(deliveries.len() as u64, Relaxed);
+        // an error means that the runtime is gone, and every reader with it
+        let _ = self.deliveries.send(deliveries);
         debug_assert!(self.scheduler.kv().is_balanced(), "free + referenced + cached = all");
     }
 
