@@ -1,12 +1,15 @@
-//! Goal: many streams at once give far more tokens a second than the same requests in turn, and not one token changes by the company it
-//! is in. Method: 32 different greedy requests to one node, first each alone, then all together; texts compared, times printed.
+//! Goal: many streams at once give far more tokens a second than the same requests in turn, not one token changes by the company it
+//! is in, and what their prompts have in common is computed once. Method: 32 different greedy requests to one node, first each alone,
+//! then all together; texts compared, times printed. Then eight prompts of token ids with one beginning, all at once to a node that has
+//! never seen it and whose steps are smaller than it, then each alone; tokens compared, and the prefix cache's counts.
 
 use std::time::Instant;
 
 use futures::future::join_all;
+use serde_json::json;
 
 use crate::support::{
-    client::{Client, End, Streamed, chat_stream},
+    client::{Client, End, Streamed, Wire, chat_stream},
     cluster::{NodePlan, lone_node},
 };
 
@@ -58,4 +61,33 @@ async fn streams_together_are_faster_and_no_different() {
 
 fn rate(streams: &[Streamed], start: Instant) -> f64 {
     streams.iter().map(|stream| stream.tokens).sum::<u64>() as f64 / start.elapsed().as_secs_f64()
+}
+
+/// Whole blocks of tokens that all prompts begin with.
+const COMMON: u32 = 304;
+const OWN: u32 = 12;
+const PROMPTS: u32 = 8;
+
+#[tokio::test]
+async fn what_prompts_have_in_common_is_computed_once_when_they_come_together() {
+    let plan = NodePlan { lines: "max_batch_tokens = 64", ..NodePlan::named("n1") };
+    let (_node, base, _folder) = lone_node(plan).await;
+    let (client, url) = (Client::new(), format!("{base}/v1/completions"));
+    let ask = |i: u32| {
+        let (client, url) = (client.clone(), url.clone());
+        // ids of words, far from those that steer
+        let prompt: Vec<u32> = (0..COMMON).chain((0..OWN).map(|k| 1000 * (i + 1) + k)).map(|id| 1000 + id).collect();
+        let body = json!({"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": true});
+        async move { client.wire(&url, &body).await }
+    };
+    let together = join_all((0..PROMPTS).map(ask)).await;
+    let found = client.metric(&base, "vllm:prefix_cache_hits_total").await;
+    let asked = client.metric(&base, "vllm:prefix_cache_queries_total").await;
+    println!("{found} of {asked} tokens of {PROMPTS} prompts were found");
+    assert_eq!(asked, f64::from(PROMPTS * (COMMON + OWN)));
+    assert_eq!(found, f64::from((PROMPTS - 1) * COMMON), "all but one were to find what they have in common");
+    for (i, together) in (0..).zip(&together) {
+        let Wire { tokens, .. } = ask(i).await;
+        assert_eq!(tokens, together.tokens, "the answer to prompt {i} changed in company");
+    }
 }
