@@ -17,7 +17,7 @@ use std::{sync::Arc, time::Duration};
 
 use pingora::{connectors::http::Connector, protocols::http::ServerSession};
 use tidegate_common::{
-    contract::{ApiError, ErrorKind},
+    contract::{ApiError, ErrorKind, headers},
     ids::NodeId,
 };
 use tokio::time::Instant;
@@ -36,8 +36,12 @@ use crate::{
 use client::{Client, Interrupt};
 use delivered::Delivered;
 use events::{Events, Tail};
+use request::NodeRequest;
 use turn::Stop;
 use upstream::{Opened, Upstream};
+
+/// The status of a node that has as many requests as it may.
+const FULL: u16 = 429;
 
 /// Carries generations.
 pub(crate) struct Relay {
@@ -137,6 +141,8 @@ impl Loss {
 /// What a generation has come through so far.
 struct Journey {
     tried: Vec<NodeId>,
+    /// Whether a node has taken it: those after that one treat it as one of theirs.
+    is_taken: bool,
     delivered: Delivered,
     /// The words of the last node that said 503 or 429.
     busy: Option<(NodeId, Answer)>,
@@ -153,6 +159,7 @@ impl Journey {
     fn new(choices: u32) -> Self {
         Self {
             tried: Vec::new(),
+            is_taken: false,
             delivered: Delivered::new(choices),
             busy: None,
             last: None,
@@ -170,9 +177,22 @@ impl Journey {
         self.suspicious += u32::from(loss.is_suspicious(has_progressed));
     }
 
+    /// Whether it waits for room as long as it may take at all: a node had taken it, and one of the others only lacks a place.
+    fn waits_for_room(&self) -> bool {
+        self.is_taken && self.busy.as_ref().is_some_and(|(_, answer)| answer.status == FULL)
+    }
+
     /// Whether the next node must go on instead of beginning.
     fn is_resuming(&self, client: &Client<'_>) -> bool {
         client.has_data() || self.delivered.total() > 0
+    }
+
+    /// Says in a request whether a node had taken it before.
+    fn mark(&self, mut request: NodeRequest) -> pingora::Result<NodeRequest> {
+        if self.is_taken {
+            request.head.insert_header(headers::MOVED, "1")?;
+        }
+        Ok(request)
     }
 
     /// Another leg begins; the first is none that anything led to, and one that a node refused to begin is none.
@@ -219,7 +239,7 @@ impl Relay {
                 }
                 LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
                 LegEnd::Busy(answer) => {
-                    let loss = if answer.status == 429 { Loss::Full } else { Loss::Busy };
+                    let loss = if answer.status == FULL { Loss::Full } else { Loss::Busy };
                     journey.busy = Some((target.id.clone(), answer));
                     self.move_on(record, &mut journey, &target, loss);
                 }
@@ -248,7 +268,8 @@ impl Relay {
         journey: &mut Journey,
     ) -> LegEnd {
         let resume = journey.is_resuming(client).then_some(&journey.delivered);
-        let request = match generation.request(&record.ctx, target, client.time_left(), resume) {
+        let request = generation.request(&record.ctx, target, client.time_left(), resume);
+        let request = match request.and_then(|request| journey.mark(request)) {
             Ok(request) => request,
             Err(error) => {
                 warn!(error = %error, "cannot write a request");
@@ -259,7 +280,7 @@ impl Relay {
         let opened = client.unless_interrupted(Box::pin(Upstream::open(self, target, request))).await;
         match opened {
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
-            Ok(Ok(Opened::Whole(answer))) if matches!(answer.status, 429 | 503) => LegEnd::Busy(answer),
+            Ok(Ok(Opened::Whole(answer))) if matches!(answer.status, FULL | 503) => LegEnd::Busy(answer),
             Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
             Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
             Ok(Err(loss)) => LegEnd::Lost(loss),
@@ -276,6 +297,8 @@ impl Relay {
         journey: &mut Journey,
     ) -> LegEnd {
         let mut events = Events::default();
+        journey.is_taken = true;
+        journey.busy = None;
         loop {
             let chunk = match client.unless_interrupted(upstream.read()).await {
                 Ok(Ok(chunk)) => chunk,

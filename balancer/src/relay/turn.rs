@@ -2,7 +2,8 @@
 //!
 //! A node that has not been asked comes first; a stream that has begun is rather resumed on the node that was lost than not at all. When
 //! nobody can be asked, because none is ready, none takes requests now, or too many streams are on the move, the request waits up to
-//! `queue_wait` and then asks everyone anew. Losses that may be the request's own doing are borne `max_resumes` times.
+//! `queue_wait` and then asks everyone anew; one that a node had taken and that now only lacks a place waits as long as it may take at all.
+//! Losses that may be the request's own doing are borne `max_resumes` times.
 
 use std::{sync::Arc, time::Duration};
 
@@ -55,10 +56,11 @@ impl Relay {
             };
             let now = Instant::now();
             let patience = *journey.patience.get_or_insert(now + self.rules.queue_wait);
-            if now >= patience {
-                return Err(Stop::Refused(error));
-            }
-            let pause = pause.min(patience - now);
+            let pause = match patience.saturating_duration_since(now) {
+                _ if journey.waits_for_room() => pause,
+                Duration::ZERO => return Err(Stop::Refused(error)),
+                left => pause.min(left),
+            };
             let _ = client.unless_interrupted(timeout(pause, changed)).await.map_err(Stop::Interrupted)?;
             journey.tried.clear();
         }
@@ -89,7 +91,9 @@ impl Relay {
                 Ok(()) => Turn::Ask(target),
                 Err(pause) => Turn::Wait(pause, journey.error()),
             },
-            (None, Some(loss)) if !is_resuming && !loss.passes() => Turn::Never(journey.error()),
+            (None, Some(loss)) if !is_resuming && !loss.passes() && !journey.waits_for_room() => {
+                Turn::Never(journey.error())
+            }
             (None, _) => Turn::Wait(ASK_AGAIN, journey.error()),
         }
     }

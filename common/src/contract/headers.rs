@@ -25,5 +25,9 @@ pub const PRIORITY: &str = "x-tidegate-priority";
 /// `1`: answer as a stream of events that carry their tokens, whatever the client asked for.
 pub const STREAM: &str = "x-tidegate-stream";
 
+/// `1`: another node had taken the request and was lost. It has been let in once, so a node does not refuse it for want of a place as it
+/// refuses new ones, and lets it go before them.
+pub const MOVED: &str = "x-tidegate-moved";
+
 /// Which node answered; in every answer that came from one.
 pub const NODE: &str = "x-tidegate-node";

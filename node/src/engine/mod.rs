@@ -65,6 +65,8 @@ pub struct Generation {
     pub guide: Option<Guide>,
     /// Asks for the log-probability of each token, and of so many of the likeliest.
     pub logprobs: Option<usize>,
+    /// Whether another node had taken it and was lost: it has a place where a new one has none, and goes before it.
+    pub is_moved: bool,
     /// Asks for more than tokens.
     pub wants: Wants,
 }
@@ -170,7 +172,7 @@ impl Engine {
         let size = config.limits.batch_size_max;
         let places = Places::new(size + config.queue_max, size + config.queue_max_tenant);
         // starts of clients that left at once are only taken out with the next step
-        let (starts, receiver) = mpsc::sync_channel(STARTS_MAX.min(2 * (size + config.queue_max)));
+        let (starts, receiver) = mpsc::sync_channel(STARTS_MAX.min(4 * (size + config.queue_max)));
         let stats = Arc::new(Stats::new(config.blocks));
         // bounded all the same: every token in it has a place in its choice's own channel
         let (deliveries, steps) = events::unbounded_channel();
@@ -186,7 +188,8 @@ impl Engine {
     /// # Errors
     /// When there is no place for all of them, or the engine has ended.
     pub fn submit(&self, owner: &Owner, generations: Vec<Generation>) -> Result<Vec<Tokens>, Refused> {
-        let places = self.places.take(&owner.tenant, generations.len())?;
+        let is_moved = generations.iter().any(|generation| generation.is_moved);
+        let places = self.places.take(&owner.tenant, generations.len(), is_moved)?;
         let mut all = Vec::with_capacity(generations.len());
         for (generation, place) in generations.into_iter().zip(places) {
             // a place for every token the choice can make: the engine never waits for a slow reader

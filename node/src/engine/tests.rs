@@ -69,6 +69,7 @@ fn generation(i: u32, had: &[u32], tokens_max: usize) -> Generation {
         stop: StopRule { end_tokens: [].into(), tokens_max },
         guide: None,
         logprobs: Some(3),
+        is_moved: false,
         wants: Wants::default(),
     }
 }
@@ -286,7 +287,10 @@ fn over_the_queue_is_refused_whole_and_a_reader_that_leaves_makes_room() {
     let long = || generation(1, &[], 90);
     let first = engine.submit(&Owner::default(), (0..9).map(|_| long()).collect()).unwrap();
     assert!(matches!(engine.submit(&Owner::default(), vec![long()]), Err(Refused::Full)));
+    let moved = Generation { is_moved: true, ..generation(2, &[3, 1], 5) };
+    let moved = engine.submit(&Owner::default(), vec![moved]).expect("a lost node's sequence has a place of its own");
     drop(first);
+    assert_eq!(moved.into_iter().map(read).map(|rest| rest.len()).collect::<Vec<_>>(), [3]);
     let stats = engine.stats();
     // what has left is swept out by the next step
     let mut taken = loop {

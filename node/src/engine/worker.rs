@@ -31,6 +31,9 @@ use crate::{
     stop::{Finish, StopRule},
 };
 
+/// Where the ids of new sequences begin: those from a lost node count from zero, and so are older than all that began here.
+const NEW_IDS: u64 = 1 << 63;
+
 /// What the engine knows of a sequence beside its tokens, which the scheduler keeps.
 struct Running {
     choice: u32,
@@ -144,6 +147,7 @@ pub(super) struct Worker {
     drafts: Drafts,
     guesses: Vec<u32>,
     next_id: u64,
+    next_id_moved: u64,
     candidates: Vec<(f32, u32)>,
     /// One row of logits, moved by bias, penalties and grammar.
     moved: Vec<f32>,
@@ -173,7 +177,8 @@ impl Worker {
             drafter: draft.map(Drafter::new),
             drafts: Drafts::default(),
             guesses: Vec::new(),
-            next_id: 0,
+            next_id: NEW_IDS,
+            next_id_moved: 0,
             candidates: Vec::new(),
             moved: Vec::new(),
         }
@@ -379,8 +384,9 @@ impl Worker {
             // the time without work was no silence
             self.stats.note_progress();
         }
-        let id = SeqId(self.next_id);
-        self.next_id += 1;
+        let next = if start.generation.is_moved { &mut self.next_id_moved } else { &mut self.next_id };
+        let id = SeqId(*next);
+        *next += 1;
         let tokens = std::mem::take(&mut start.generation.tokens);
         self.stats.prompt_tokens.fetch_add(start.generation.prompt_len as u64, Relaxed);
         let waits = Waits { since: start.submitted, begun: start.begun };

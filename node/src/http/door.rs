@@ -1,4 +1,5 @@
-//! The door: how many requests may be inside at once, each from before its body is read to the last byte of its answer.
+//! The door: how many requests may be inside at once, each from before its body is read to the last byte of its answer. As many again
+//! may come from nodes that were lost.
 
 use std::{
     pin::Pin,
@@ -21,7 +22,7 @@ use tidegate_common::{
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{App, Reply};
+use super::{App, Reply, frame};
 use crate::record::Record;
 
 /// Counts who is inside.
@@ -29,12 +30,13 @@ use crate::record::Record;
 pub(super) struct Door {
     app: Arc<App>,
     places: Arc<Semaphore>,
+    places_moved: Arc<Semaphore>,
 }
 
 impl Door {
     pub(super) fn new(app: Arc<App>) -> Self {
-        let places = Arc::new(Semaphore::new(app.config.request.concurrent_max));
-        Self { app, places }
+        let places = || Arc::new(Semaphore::new(app.config.request.concurrent_max));
+        Self { places: places(), places_moved: places(), app }
     }
 
     /// Middleware. What has no body to hold passes freely, and so does what operators send.
@@ -42,7 +44,8 @@ impl Door {
         let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
         let counts = |path: &String| request.method() == Method::POST && !path.starts_with("/admin");
         let Some(path) = path.filter(counts) else { return next.run(request).await };
-        match Arc::clone(&door.places).try_acquire_owned() {
+        let places = if frame::is_moved(request.headers()) { &door.places_moved } else { &door.places };
+        match Arc::clone(places).try_acquire_owned() {
             Ok(place) => next.run(request).await.map(|body| Body::new(Held { body, _place: place })),
             Err(_) => door.refuse(&path, &request),
         }

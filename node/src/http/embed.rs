@@ -130,6 +130,7 @@ fn begin<'a>(
             stop: StopRule { end_tokens: [].into(), tokens_max: 0 },
             guide: None,
             logprobs: None,
+            is_moved: false,
             wants: Wants { embedding: Some((pooling, sender)), ..Wants::default() },
         });
     }

@@ -20,6 +20,8 @@ pub(super) struct Frame {
     pub(super) seed: u64,
     /// Whether the answer goes to a balancer: every event carries its tokens.
     pub(super) wire: bool,
+    /// Whether another node had taken it and was lost.
+    pub(super) moved: bool,
     /// Whose request it is, for fair sharing.
     pub(super) owner: Owner,
     pub(super) arrived: Instant,
@@ -38,11 +40,17 @@ impl Frame {
             created: number(headers::CREATED).unwrap_or_else(unix_seconds),
             seed: number(headers::SEED).unwrap_or_else(rand::random),
             wire: text(headers::STREAM) == Some("1"),
+            moved: is_moved(map),
             owner: owner(text(headers::TENANT), text(headers::PRIORITY)),
             arrived,
             deadline: arrived + timeout,
         }
     }
+}
+
+/// Whether another node had taken the request with these headers and was lost.
+pub(super) fn is_moved(map: &HeaderMap) -> bool {
+    map.get(headers::MOVED).is_some_and(|value| value == "1")
 }
 
 fn owner(tenant: Option<&str>, priority: Option<&str>) -> Owner {

@@ -41,7 +41,8 @@ use share::{ShareId, Shares};
 /// Most rows of a step whose logits are asked for beside the newest tokens': they take `V` numbers each.
 const LOGIT_ROWS_MAX: usize = 32;
 
-/// One sequence within the engine. Ids grow with time: the smaller is the older.
+/// One sequence within the engine: the smaller is the older. Ids grow with time, but those that began on another node come before all that
+/// began here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(pub u64);
 
@@ -151,8 +152,8 @@ impl Scheduler {
         Self { limits, kv: KvPool::new(blocks), sequences, running, shares, decoding, filled }
     }
 
-    /// Adds a sequence, which waits until it is let in. `id` must be larger than all before it, `tokens` must not be empty, and the
-    /// caller has checked that the whole sequence fits into the pool alone.
+    /// Adds a sequence, which waits until it is let in. `id` must be new, `tokens` must not be empty, and the caller has checked that the
+    /// whole sequence fits into the pool alone.
     pub fn add(&mut self, id: SeqId, tokens: Vec<u32>, terms: Terms, owner: Owner) {
         debug_assert!(!tokens.is_empty(), "an empty sequence has nothing to compute");
         let share = self.shares.join(owner, id);
@@ -408,6 +409,17 @@ impl Scheduler {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_began_elsewhere_goes_before_those_that_wait_here() {
+        let mut s = scheduler(1, 64, 64);
+        (10..13).for_each(|i| s.add(SeqId(i), vec![i as u32; 5], Terms::default(), Owner::default()));
+        step(&mut s, 9);
+        s.add(SeqId(0), vec![1; 5], Terms::default(), Owner::default());
+        assert_eq!(step(&mut s, 9).pieces[0].seq, SeqId(10), "what runs keeps its place");
+        s.remove(SeqId(10));
+        assert_eq!(step(&mut s, 9).pieces[0].seq, SeqId(0));
+    }
 
     fn scheduler(batch_size_max: usize, batch_tokens_max: usize, blocks: usize) -> Scheduler {
         Scheduler::new(Limits { batch_size_max, batch_tokens_max }, blocks)

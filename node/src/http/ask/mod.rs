@@ -202,6 +202,7 @@ impl Ask {
                 stop,
                 guide: guide.clone(),
                 logprobs: self.logprobs,
+                is_moved: frame.moved,
                 wants: Wants::default(),
             };
             choices.push(self.choice(&plan, generation, had));
