@@ -8,8 +8,10 @@ mod node;
 mod check;
 mod model;
 mod status;
+mod drain;
 mod key;
 mod settings;
+mod private;
 mod signals;
 mod progress;
 mod exit;
@@ -28,6 +30,7 @@ Examples:
   tidegate node --config cluster.toml --id n1   one inference node
   tidegate balancer --config cluster.toml       the edge in front of the nodes
   tidegate status                               a table of the running cluster
+  tidegate drain n1 --config cluster.toml       node n1 takes no new requests; `tidegate undrain n1` takes that back
 
 Every value of the configuration file can also come from the environment: TIDEGATE__BALANCER__LISTEN sets balancer.listen.
 Flags go over the environment, the environment goes over the file.
@@ -37,6 +40,15 @@ Exit codes:
   64  the configuration or the arguments are wrong
   69  something needed is out of reach: a port in use, a model that cannot be had, a service that does not answer
   70  a fault of tidegate itself";
+
+const DRAIN_HELP: &str = "\
+With cluster.registry.kind = \"etcd\" the order stands in etcd until it is taken back, so it holds over restarts of the node. Otherwise tell
+the node itself with --admin.
+
+Examples:
+  tidegate drain n1 --config cluster.toml
+  tidegate undrain n1 --config cluster.toml
+  tidegate drain n1 --admin 127.0.0.1:18801";
 
 /// An edge load balancer and a cluster of LLM inference nodes in one binary.
 #[derive(Debug, Parser)]
@@ -55,6 +67,12 @@ enum Command {
     #[command(subcommand)]
     Model(model::Command),
     Status(status::Args),
+    /// Have a node take no new requests, without stopping it; what runs there ends or moves to other nodes
+    #[command(after_help = DRAIN_HELP)]
+    Drain(drain::Args),
+    /// Have a drained node take requests again
+    #[command(after_help = DRAIN_HELP)]
+    Undrain(drain::Args),
     #[command(subcommand)]
     Key(key::Command),
 }
@@ -68,6 +86,8 @@ impl Command {
             Self::Check(args) => check::run(&args),
             Self::Model(command) => model::run(command),
             Self::Status(args) => status::run(&args),
+            Self::Drain(args) => drain::run(drain::Order::Drain, &args),
+            Self::Undrain(args) => drain::run(drain::Order::Undrain, &args),
             Self::Key(command) => key::run(command),
         }
     }

@@ -11,6 +11,7 @@ use tidegate_common::contract::{ModelHealth, ModelState};
 
 use crate::{
     exit::Failure,
+    private,
     settings::{self, ConfigFile},
 };
 
@@ -35,11 +36,7 @@ pub(crate) fn run(args: &Args) -> Result<(), Failure> {
         Some(address) => address,
         None => configured(&args.file)?,
     };
-    let members = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| Failure::internal(format!("cannot set up the runtime: {e}")))?
-        .block_on(ask(admin))?;
+    let members = private::runtime()?.block_on(ask(admin))?;
     print!("{}", table(&members));
     Ok(())
 }

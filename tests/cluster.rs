@@ -16,6 +16,7 @@ mod failover;
 mod batching;
 mod fair;
 mod models;
+mod drain;
 mod api;
 mod bad_input;
 mod golden;

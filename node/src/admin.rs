@@ -1,4 +1,4 @@
-//! The private listener: loads and unloads models, and says how they stand. It stands on loopback only and never meets a client's request.
+//! The private listener: loads and unloads models, says how they stand, and drains the node. It stands on loopback only and never meets a client's request.
 //!
 //! A page in a browser of this machine reaches loopback too, so nothing is taken that a page could send without being asked: a body must
 //! be `application/json`, and a request that names an origin is refused.
@@ -28,9 +28,10 @@ use tracing::{info, warn};
 
 use crate::{
     config::{LoadWhen, ModelConfig, check_name},
+    duty::Duty,
     http::{App, Reply},
     models::{ModelError, ModelRef, Store},
-    run::{RunError, bind},
+    run::{RunError, bind, until_idle},
     served::{self, Report, Unaddable, Unloadable, WantError},
 };
 
@@ -43,11 +44,20 @@ pub const UNLOAD: &str = "/admin/models/unload";
 /// Where they are shown.
 pub const MODELS: &str = "/admin/models";
 
+/// Where the node is drained.
+pub const DRAIN: &str = "/admin/drain";
+
+/// Where that is taken back.
+pub const UNDRAIN: &str = "/admin/undrain";
+
 /// Longest that a load is waited for; it goes on when nobody waits.
 const LOAD_WAIT_MAX: Duration = Duration::from_secs(3600);
 
 /// Longest that an unload waits for running answers; they go on when nobody waits.
 const UNLOAD_WAIT_MAX: Duration = Duration::from_secs(30);
+
+/// Longest that a drain is waited for; it goes on when nobody waits.
+const DRAIN_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Body of `POST /admin/models/load`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,7 +78,24 @@ pub struct UnloadRequest {
     pub name: String,
 }
 
-/// Answer of all three.
+/// Body of `POST /admin/drain` and `/admin/undrain`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrainRequest {
+    /// Which node is meant; any other refuses.
+    pub node: NodeId,
+}
+
+/// Answer of both.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// Whether it was so before.
+    pub already: bool,
+    /// Answers that still run.
+    pub running: usize,
+}
+
+/// Answer of all that is about models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Table {
     /// Which node this is.
@@ -118,7 +145,11 @@ fn router(app: Arc<App>) -> Router {
         .route(MODELS, get(show))
         .route(LOAD, post(load))
         .route(UNLOAD, post(unload))
-        .fallback(async || Reply::from(ApiError::new(ErrorKind::NotFound, "unknown_path", format!("see {MODELS}"))))
+        .route(DRAIN, post(drain))
+        .route(UNDRAIN, post(undrain))
+        .fallback(async || {
+            Reply::from(ApiError::new(ErrorKind::NotFound, "unknown_path", format!("see {MODELS} {DRAIN} {UNDRAIN}")))
+        })
         .layer(axum::middleware::from_fn(refuse_pages))
         .with_state(app)
 }
@@ -170,6 +201,40 @@ async fn unload(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
             Err(error.with_retry_after(Duration::from_secs(1)).into())
         }
     }
+}
+
+async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Reply, Reply> {
+    let already = addressed(&app, &headers, &body)? != Duty::Serving;
+    app.wishes.set_private(true);
+    let drained = async {
+        app.duties.reached(Duty::LettingGo).await;
+        until_idle(&app).await;
+    };
+    // the bound is only the caller's
+    let _ = tokio::time::timeout(DRAIN_WAIT_MAX, drained).await;
+    Ok(Reply::json(200, &Drained { already, running: app.models.open() }))
+}
+
+async fn undrain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Reply, Reply> {
+    let already = addressed(&app, &headers, &body)? == Duty::Serving;
+    app.wishes.set_private(false);
+    if app.wishes.in_registry() {
+        let message =
+            "the registry wants this node drained too; take that back with `tidegate undrain`, without --admin";
+        return Err(ApiError::invalid("node", message).into());
+    }
+    let _ = tokio::time::timeout(DRAIN_WAIT_MAX, app.duties.reached(Duty::Serving)).await;
+    Ok(Reply::json(200, &Drained { already, running: app.models.open() }))
+}
+
+/// What this node does now, if it is the one that is meant.
+fn addressed(app: &App, headers: &HeaderMap, body: &[u8]) -> Result<Duty, Reply> {
+    let DrainRequest { node } = read(headers, body)?;
+    if node != app.config.id {
+        let message = format!("this is the private listener of node '{}'", app.config.id);
+        return Err(ApiError::invalid("node", message).into());
+    }
+    Ok(app.duties.now())
 }
 
 fn read<T: serde::de::DeserializeOwned>(headers: &HeaderMap, body: &[u8]) -> Result<T, Reply> {

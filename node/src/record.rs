@@ -69,7 +69,7 @@ impl Outcome {
                 "the request waited in the queue for as long as node.request_timeout or its own deadline allows; the node is too busy for it",
             ),
             Self::HandedOver => {
-                ApiError::new(ErrorKind::Unavailable, "draining", "the node shut down before the answer was whole")
+                ApiError::new(ErrorKind::Unavailable, "draining", "the node was drained before the answer was whole")
             }
             _ => ApiError::new(ErrorKind::Internal, "engine_lost", "the node failed before the answer was whole"),
         }

@@ -12,7 +12,7 @@ use tidegate_common::{
     contract::NodeRecord,
     holder,
     registry::Registry,
-    shutdown::{self, Shutdown},
+    shutdown::Shutdown,
     tls::{self, MinVersion, TlsError},
 };
 use tracing::{info, warn};
@@ -20,13 +20,20 @@ use tracing::{info, warn};
 use crate::{
     admin,
     config::NodeConfig,
+    duty::{Duties, Duty, Wishes},
     http::{App, router},
     record::Metrics,
     served::{Models, ServeError},
 };
 
 /// After the handover, how long balancers get to read the last events.
-const HANDOVER_GRACE: Duration = Duration::from_millis(500);
+const HANDOVER_GRACE: Duration = Duration::from_millis(300);
+
+/// How long the listener may take to end after that.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// How long the registry may take to confirm that the node is withdrawn.
+const WITHDRAW_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Why a node could not run, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -62,17 +69,18 @@ impl RunError {
     }
 }
 
-/// Serves until `shutdown`; then withdraws, lets running answers finish for `drain_grace`, and hands over the rest.
+/// Serves until `shutdown`; then withdraws, lets running answers finish for `drain_grace`, and hands over the rest. It does the same and
+/// comes back for as long as an operator wants it drained.
 ///
 /// # Errors
 /// When the address, the certificate or the model cannot be used, or the engine fails.
 pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: Shutdown) -> Result<(), RunError> {
-    let (drain, draining) = shutdown::channel();
-    let (let_go, handover) = shutdown::channel();
     let metrics = Metrics::new(config.models.iter().map(|model| model.name.as_str()))
         .map_err(|e| RunError::Internal(e.to_string()))?;
     let models = Models::new(&config);
-    let app = Arc::new(App { models, metrics, draining, handover, started: Instant::now(), config });
+    // read while the model loads, so that a node that is to be drained never announces itself
+    let wishes = Wishes::new(registry.drained(&config.id).await);
+    let app = Arc::new(App { models, metrics, duties: Duties::default(), wishes, started: Instant::now(), config });
     let handle = Handle::new();
     let server = serve(&app, handle.clone())?;
     let mut server = tokio::spawn(server);
@@ -83,26 +91,60 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
         () = shutdown.wait() => return Ok(()),
     }
     info!(node = %app.config.id, seconds = app.started.elapsed().as_secs_f32(), "ready");
-    let announced = tokio::spawn(keep_announced(app.clone(), registry.clone()));
     let ended = tokio::select! {
+        () = follow_wishes(&app, &registry) => Ok(()),
         () = shutdown.wait() => Ok(()),
         () = app.models.engine_death() => Err(RunError::Internal("the engine thread ended; the log says why".into())),
         served = &mut server => Err(RunError::Internal(format!("the listener ended: {served:?}"))),
     };
-    announced.abort();
-    let _ = announced.await;
-    registry.withdraw(&app.config.id).await;
-    drain.fire();
-    if ended.is_ok() {
-        wait_until_idle(&app).await;
-    }
-    let_go.fire();
+    drain(&app, &registry, if ended.is_ok() { app.config.drain_grace } else { Duration::ZERO }).await;
     handle.graceful_shutdown(Some(HANDOVER_GRACE));
     if !server.is_finished() {
-        let _ = tokio::time::timeout(HANDOVER_GRACE * 2, server).await;
+        let _ = tokio::time::timeout(HANDOVER_GRACE + LEAVE_TIMEOUT, server).await;
     }
     info!(node = %app.config.id, "stopped");
     ended
+}
+
+/// Serves, and drains whenever somebody wants it so. It does not end.
+///
+/// # Cancel safety
+/// Safe: who goes on from here drains the node.
+async fn follow_wishes(app: &Arc<App>, registry: &Arc<dyn Registry>) {
+    loop {
+        tokio::select! {
+            biased;
+            () = app.wishes.until(true) => {}
+            () = keep_announced(app, registry) => {}
+        }
+        tokio::select! {
+            () = drain_and_rest(app, registry) => {}
+            () = app.wishes.until(false) => {}
+        }
+        app.duties.set(Duty::Serving);
+        info!(node = %app.config.id, "takes requests again");
+    }
+}
+
+async fn drain_and_rest(app: &App, registry: &Arc<dyn Registry>) {
+    drain(app, registry, app.config.drain_grace).await;
+    info!(node = %app.config.id, "drained");
+    std::future::pending().await
+}
+
+/// Withdraws, then takes nothing new, and lets go of what still runs after `grace`.
+async fn drain(app: &App, registry: &Arc<dyn Registry>, grace: Duration) {
+    let deadline = Instant::now() + grace;
+    info!(node = %app.config.id, running = app.models.open(), ?grace, "draining");
+    // a registry that is out of reach does not hold up the end: whoever asks for the node's health hears of it
+    if tokio::time::timeout(WITHDRAW_TIMEOUT, registry.withdraw(&app.config.id)).await.is_err() {
+        warn!(node = %app.config.id, "the registry has not confirmed in time that the node is withdrawn");
+    }
+    app.duties.set(Duty::Draining);
+    if tokio::time::timeout_at(deadline.into(), until_idle(app)).await.is_err() {
+        warn!(node = %app.config.id, streams = app.models.open(), "drain_grace is over; handing over what still runs");
+    }
+    app.duties.set(Duty::LettingGo);
 }
 
 /// A listener that a runtime can take over.
@@ -137,12 +179,12 @@ fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Outpu
     })
 }
 
-/// Announces the node, and again whenever the set of its models is another.
-async fn keep_announced(app: Arc<App>, registry: Arc<dyn Registry>) {
+/// Announces the node, and again whenever the set of its models is another. It does not end.
+async fn keep_announced(app: &App, registry: &Arc<dyn Registry>) {
     let (mut changes, mut said) = (app.models.changes(), None);
     loop {
         changes.mark_unchanged();
-        let record = announcement(&app);
+        let record = announcement(app);
         if said.as_ref() != Some(&record) {
             registry.announce(record.clone()).await;
             said = Some(record);
@@ -165,14 +207,9 @@ fn announcement(app: &App) -> NodeRecord {
     }
 }
 
-/// Returns when every answer has been read to its end, at the latest after `drain_grace`.
-async fn wait_until_idle(app: &App) {
-    let deadline = Instant::now() + app.config.drain_grace;
-    while app.models.open() > 0 && Instant::now() < deadline {
+/// Returns when every answer has been read to its end.
+pub(crate) async fn until_idle(app: &App) {
+    while app.models.open() > 0 {
         tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let streams = app.models.open();
-    if streams > 0 {
-        warn!(node = %app.config.id, streams, "drain_grace is over; handing over what still runs");
     }
 }

@@ -2,7 +2,6 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use serde::Deserialize;
 use tidegate_node::{
     ADMIN_PORT,
     admin::{self, LoadRequest, Table, UnloadRequest},
@@ -10,7 +9,7 @@ use tidegate_node::{
     served::Report,
 };
 
-use crate::exit::Failure;
+use crate::{exit::Failure, private};
 
 /// A large model takes minutes; the node itself waits no longer than this.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -23,17 +22,6 @@ pub(crate) struct Node {
     /// Private listener of the node, its node.admin.listen
     #[arg(long, value_name = "ADDR", default_value_t = SocketAddr::from(([127, 0, 0, 1], ADMIN_PORT)))]
     admin: SocketAddr,
-}
-
-/// Body of a refusal.
-#[derive(Deserialize)]
-struct Refused {
-    error: Said,
-}
-
-#[derive(Deserialize)]
-struct Said {
-    message: String,
 }
 
 /// Loads a model; returns once it serves.
@@ -78,39 +66,7 @@ impl Node {
         path: &str,
         body: Option<&T>,
     ) -> Result<(u16, Table), Failure> {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|e| Failure::internal(format!("cannot set up the runtime: {e}")))?
-            .block_on(self.send(timeout, path, body))
-    }
-
-    async fn send<T: serde::Serialize>(
-        &self,
-        timeout: Duration,
-        path: &str,
-        body: Option<&T>,
-    ) -> Result<(u16, Table), Failure> {
-        let url = format!("http://{}{path}", self.admin);
-        let client = reqwest::Client::builder().timeout(timeout).no_proxy().build();
-        let client = client.map_err(|e| Failure::internal(e.to_string()))?;
-        let out_of_reach = |e: reqwest::Error| {
-            Failure::unavailable(format!(
-                "no node answers at {url}: {}\n  fix: name its private listener with --admin; its log says where that is",
-                crate::status::cause(&e)
-            ))
-        };
-        let request = match body {
-            Some(body) => client.post(&url).json(body),
-            None => client.get(&url),
-        };
-        let answer = request.send().await.map_err(out_of_reach)?;
-        let status = answer.status();
-        if status.is_success() {
-            return Ok((status.as_u16(), answer.json().await.map_err(out_of_reach)?));
-        }
-        let Refused { error: Said { message } } = answer.json().await.map_err(out_of_reach)?;
-        Err(if status.is_client_error() { Failure::usage(message) } else { Failure::unavailable(message) })
+        private::ask_node(self.admin, timeout, path, body)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
     tls::TlsError,
 };
 
-pub use etcd::EtcdRegistry;
+pub use etcd::{EtcdRegistry, OrderError, Ordered, order};
 pub use fixed::StaticRegistry;
 pub use memory::MemoryRegistry;
 
@@ -55,6 +55,12 @@ pub trait Registry: Send + Sync + 'static {
 
     /// The present view, and each later one.
     fn watch(&self) -> watch::Receiver<View>;
+
+    /// Whether an operator wants this node drained, as the store last said: not until it has been read, and never where there is no
+    /// store that could say so.
+    async fn drained(&self, _id: &NodeId) -> watch::Receiver<bool> {
+        watch::channel(false).1
+    }
 }
 
 /// The registry that the configuration names.

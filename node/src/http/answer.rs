@@ -33,6 +33,7 @@ use super::{
     shape::{self, Head, Shape, Usage},
 };
 use crate::{
+    duty::Duty,
     engine::{Event, Refused, Tokens},
     record::{Outcome, Record},
     sample::Logprobs,
@@ -187,9 +188,8 @@ struct Watch {
 
 impl Watch {
     fn new(app: &App, frame: &Frame) -> Self {
-        let mut handover = app.handover.clone();
         Self {
-            handover: Box::pin(async move { handover.wait().await }),
+            handover: Box::pin(app.duties.reached(Duty::LettingGo)),
             deadline: Box::pin(sleep_until(Instant::from_std(frame.deadline))),
             silence: Box::pin(sleep(WAIT_INTERVAL)),
         }

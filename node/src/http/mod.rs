@@ -30,13 +30,11 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use serde_json::json;
-use tidegate_common::{
-    contract::{ApiError, ErrorKind, Health, ModelHealth, ModelState, Status, headers, paths},
-    shutdown::Shutdown,
-};
+use tidegate_common::contract::{ApiError, ErrorKind, Health, ModelHealth, ModelState, Status, headers, paths};
 
 use crate::{
     config::NodeConfig,
+    duty::{Duties, Duty, Wishes},
     record::Metrics,
     served::{Loaded, Models},
 };
@@ -55,10 +53,10 @@ pub struct App {
     pub models: Models,
     /// Counters.
     pub metrics: Metrics,
-    /// Set when the node takes nothing new.
-    pub draining: Shutdown,
-    /// Set when running answers must be let go of.
-    pub handover: Shutdown,
+    /// What the node does with requests.
+    pub duties: Duties,
+    /// Who wants it drained.
+    pub wishes: Wishes,
     /// Start of the process.
     pub started: Instant,
 }
@@ -102,11 +100,16 @@ impl App {
         let silent = models.iter().find(|m| m.state == ModelState::Stalled);
         let stands = models.iter().any(|m| m.state == ModelState::Ready);
         match silent {
-            _ if self.draining.is_set() => (Status::Draining, Some("the node is shutting down".to_owned())),
+            _ if self.is_draining() => (Status::Draining, Some("the node takes no new requests".to_owned())),
             _ if !self.models.is_started() => (Status::Loading, Some("the model is loading".to_owned())),
             Some(silent) if !stands => (Status::Stalled, silent.reason.clone()),
             _ => (Status::Healthy, None),
         }
+    }
+
+    /// Whether it takes nothing new.
+    fn is_draining(&self) -> bool {
+        self.duties.now() != Duty::Serving
     }
 
     /// How long until a refused request is likely to be taken.
@@ -129,10 +132,10 @@ impl App {
     /// # Errors
     /// While the node is draining.
     fn refuse_while_draining(&self) -> Result<(), ApiError> {
-        if !self.draining.is_set() {
+        if !self.is_draining() {
             return Ok(());
         }
-        let text = "this node is shutting down and takes no new requests";
+        let text = "this node is draining and takes no new requests";
         Err(ApiError::new(ErrorKind::Unavailable, "draining", text).with_retry_after(Duration::from_secs(1)))
     }
 }

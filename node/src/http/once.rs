@@ -26,6 +26,7 @@ use super::{
     frame::Frame,
 };
 use crate::{
+    duty::Duty,
     record::{Outcome, Record},
     served::Loaded,
 };
@@ -117,13 +118,13 @@ impl Once {
         &self,
         work: W,
     ) -> impl Future<Output = Result<Value, Outcome>> + use<W> {
-        let mut handover = self.app.handover.clone();
+        let let_go = self.app.duties.reached(Duty::LettingGo);
         let deadline = tokio::time::Instant::from_std(self.frame.deadline);
         async move {
             tokio::select! {
                 biased;
                 done = work => done,
-                () = handover.wait() => Err(Outcome::HandedOver),
+                () = let_go => Err(Outcome::HandedOver),
                 () = tokio::time::sleep_until(deadline) => Err(Outcome::TimedOut),
             }
         }

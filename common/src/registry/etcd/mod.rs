@@ -11,6 +11,7 @@ mod known;
 mod link;
 mod follow;
 mod keep;
+mod drain;
 
 use std::{collections::HashMap, sync::Arc, thread};
 
@@ -29,11 +30,12 @@ use crate::{
     contract::NodeRecord,
     ids::{ClusterName, NodeId},
 };
+pub use drain::{OrderError, Ordered, order};
 
 /// Announcements that may wait for the registry's thread; it takes each at once, so this is only a bound.
 const COMMANDS_MAX: usize = 64;
 
-/// Nodes under `/tidegate/v1/{cluster}/nodes/`.
+/// Nodes under `/tidegate/v1/{cluster}/nodes/`, orders to drain them under `/tidegate/v1/{cluster}/drain/`.
 #[derive(Debug)]
 pub struct EtcdRegistry {
     commands: mpsc::Sender<Command>,
@@ -45,6 +47,35 @@ pub struct EtcdRegistry {
 enum Command {
     Announce(NodeRecord),
     Withdraw(NodeId, oneshot::Sender<()>),
+    FollowDrain(NodeId, watch::Sender<bool>),
+}
+
+/// The keys of one cluster.
+#[derive(Debug, Clone)]
+struct Keys(String);
+
+impl Keys {
+    fn new(cluster: &ClusterName) -> Self {
+        Self(format!("/tidegate/v1/{cluster}"))
+    }
+
+    /// What all nodes' keys begin with.
+    fn nodes(&self) -> String {
+        format!("{}/nodes/", self.0)
+    }
+
+    /// What the keys of all drains begin with.
+    fn drains(&self) -> String {
+        format!("{}/drain/", self.0)
+    }
+
+    fn node(&self, id: &NodeId) -> String {
+        format!("{}{id}", self.nodes())
+    }
+
+    fn drain(&self, id: &NodeId) -> String {
+        format!("{}{id}", self.drains())
+    }
 }
 
 impl EtcdRegistry {
@@ -60,7 +91,7 @@ impl EtcdRegistry {
         let watched = Arc::new(Notify::new());
         let supervisor = Supervisor {
             dialer,
-            prefix: format!("/tidegate/v1/{cluster}/nodes/"),
+            keys: Keys::new(cluster),
             view: view.clone(),
             watched: Arc::clone(&watched),
             kept: HashMap::new(),
@@ -92,12 +123,18 @@ impl Registry for EtcdRegistry {
         self.watched.notify_one();
         self.view.subscribe()
     }
+
+    async fn drained(&self, id: &NodeId) -> watch::Receiver<bool> {
+        let (drained, says) = watch::channel(false);
+        let _ = self.commands.send(Command::FollowDrain(id.clone(), drained)).await;
+        says
+    }
 }
 
 /// Who runs what on the registry's thread.
 struct Supervisor {
     dialer: Arc<Dialer>,
-    prefix: String,
+    keys: Keys,
     view: watch::Sender<View>,
     watched: Arc<Notify>,
     kept: HashMap<NodeId, Kept>,
@@ -116,12 +153,15 @@ impl Supervisor {
             match command {
                 Command::Announce(record) => self.announce(record),
                 Command::Withdraw(id, reply) => self.withdraw(&id, reply),
+                Command::FollowDrain(id, drained) => {
+                    tokio::spawn(drain::follow(Arc::clone(&self.dialer), self.keys.drain(&id), drained));
+                }
             }
         }
     }
 
     fn follower(&self) -> follow::Follower {
-        follow::Follower::new(Arc::clone(&self.dialer), self.prefix.clone(), self.view.clone())
+        follow::Follower::new(Arc::clone(&self.dialer), self.keys.nodes(), self.view.clone())
     }
 
     /// A node never watches, so it puts no watch on etcd.
@@ -135,7 +175,7 @@ impl Supervisor {
             kept.wanted.send_replace(Some(record));
             return;
         }
-        let (id, key) = (record.id.clone(), format!("{}{}", self.prefix, record.id));
+        let (id, key) = (record.id.clone(), self.keys.node(&record.id));
         let (wanted, orders) = watch::channel(Some(record));
         let task = tokio::spawn(Keeper::new(Arc::clone(&self.dialer), key, orders).run());
         self.kept.insert(id, Kept { wanted, task });
