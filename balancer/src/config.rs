@@ -62,7 +62,7 @@ pub(crate) struct HealthConfig {
     pub(crate) interval: Duration,
     /// Bound of one probe.
     pub(crate) timeout: Duration,
-    /// Probes in a row that decide.
+    /// What decides about members.
     pub(crate) rules: Rules,
 }
 
@@ -232,7 +232,12 @@ impl HealthConfig {
         Self {
             interval: r.duration_or("interval", second),
             timeout: r.duration_or("timeout", second),
-            rules: Rules { up: r.in_range("up", 1..=100, 2), down: r.in_range("down", 1..=100, 3) },
+            rules: Rules {
+                up: r.in_range("up", 1..=100, 2),
+                down: r.in_range("down", 1..=100, 3),
+                slow_start: r.get_or("slow_start", second * 10),
+                panic_percent: r.in_range("panic_threshold", 0..=100, 50),
+            },
         }
     }
 }

@@ -8,14 +8,16 @@ use tidegate_common::{
     ids::NodeId,
     registry::{Registry, View},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep},
+};
 use tracing::info;
 
 use crate::{
-    auth::UnixSeconds,
     health::{Probe, Prober},
     metrics::Metrics,
-    pool::{Effect, PoolView, Roster, Rules, Signal},
+    pool::{Effect, Moment, PoolView, Roster, Rules, Signal},
 };
 
 /// The writer.
@@ -38,7 +40,9 @@ impl Discover {
         self.follow(&mut views);
         let mut followed = true;
         loop {
+            let ramp_step = self.roster.ramp_step(Instant::now());
             tokio::select! {
+                () = sleep(ramp_step.unwrap_or_default()), if ramp_step.is_some() => self.publish(),
                 changed = views.changed(), if followed => match changed {
                     Ok(()) => self.follow(&mut views),
                     Err(_) => {
@@ -56,12 +60,12 @@ impl Discover {
 
     fn follow(&mut self, views: &mut watch::Receiver<View>) {
         let view = views.borrow_and_update().clone();
-        let effects = self.roster.apply_view(&view, UnixSeconds::now());
+        let effects = self.roster.apply_view(&view, Moment::now());
         self.perform(effects);
     }
 
     fn hear(&mut self, signal: Signal) {
-        let effects = self.roster.apply_signal(signal, UnixSeconds::now());
+        let effects = self.roster.apply_signal(signal, Moment::now());
         self.perform(effects);
     }
 
@@ -81,8 +85,12 @@ impl Discover {
                 }
             }
         }
-        let snapshot = self.roster.snapshot();
-        self.metrics.show_members(&snapshot.report);
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        let snapshot = self.roster.snapshot(Instant::now());
+        self.metrics.show_members(&snapshot);
         self.view.publish(snapshot);
     }
 }

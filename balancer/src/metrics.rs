@@ -4,7 +4,7 @@ use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use crate::admin::Members;
+use crate::pool::Snapshot;
 
 /// Seconds; from a cached answer at the edge to a long generation.
 const DURATIONS_S: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0];
@@ -29,6 +29,7 @@ pub(crate) struct Metrics {
     /// Connections closed before a request, by reason.
     pub(crate) refused: IntCounterVec,
     members: IntGaugeVec,
+    panics: IntGaugeVec,
 }
 
 impl Metrics {
@@ -45,6 +46,12 @@ impl Metrics {
             open_streams: gauges(r, "open_streams", "streams open", &[]).with_label_values::<&str>(&[]),
             refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
+            panics: gauges(
+                r,
+                "pool_panic",
+                "1 while too few members are ready and failed ones are asked too",
+                &["model"],
+            ),
             registry,
         }
     }
@@ -54,11 +61,15 @@ impl Metrics {
         self.refused.with_label_values(&[reason])
     }
 
-    /// Shows how many members each model has in each state.
-    pub(crate) fn show_members(&self, report: &Members) {
+    /// Shows how many members each model has in each state, and which pools ask failed ones.
+    pub(crate) fn show_members(&self, snapshot: &Snapshot) {
         self.members.reset();
-        for member in &report.members {
+        for member in &snapshot.report.members {
             self.members.with_label_values(&[member.model.as_str(), member.state.as_str()]).inc();
+        }
+        self.panics.reset();
+        for (model, pool) in &snapshot.models {
+            self.panics.with_label_values(&[model.as_str()]).set(pool.is_panicking().into());
         }
     }
 

@@ -23,6 +23,12 @@ impl Rotation {
         Self { order: smooth(&scale(weights)), next: AtomicUsize::new(0) }
     }
 
+    /// The same, begun where this one stands: were each new cycle begun at its beginning, a set that changes often would know none but
+    /// the first.
+    pub(crate) fn followed_by(&self, weights: &[u32]) -> Self {
+        Self { next: AtomicUsize::new(self.next.load(Ordering::Relaxed)), ..Self::new(weights) }
+    }
+
     /// The member whose turn it is, passing over those that `skip` names. `None` when it names all.
     pub(crate) fn pick(&self, skip: impl Fn(usize) -> bool) -> Option<usize> {
         if self.order.is_empty() {
@@ -113,6 +119,19 @@ mod tests {
             for (count, weight) in counts(&rotation, weights.len(), cycle).into_iter().zip(&weights) {
                 prop_assert_eq!(count as u64 * total, u64::from(*weight) * cycle as u64);
             }
+        }
+
+        #[test]
+        fn changing_weights_before_every_pick_starves_nobody(members in 2usize..6) {
+            let mut rotation = Rotation::default();
+            let mut counts = vec![0; members];
+            for turn in 0..members as u32 * 50 {
+                let mut weights = vec![10; members];
+                weights[0] = 1 + turn % 10;
+                rotation = rotation.followed_by(&weights);
+                counts[rotation.pick(|_| false).unwrap()] += 1;
+            }
+            prop_assert!(counts.iter().all(|count| *count > 5), "{:?}", counts);
         }
 
         #[test]

@@ -72,7 +72,7 @@ pub(crate) fn pool<'a>(snapshot: &'a Snapshot, model: Option<&str>) -> Result<(&
             }
         },
     };
-    if found.1.ready.is_empty() {
+    if found.1.is_empty() {
         return Err(nobody_ready(&format!("no node that serves '{}' is ready now", found.0)));
     }
     Ok((found.0, found.1))

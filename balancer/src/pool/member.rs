@@ -5,14 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How many probes in a row decide.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Rules {
-    /// Successes that make a member ready.
-    pub(crate) up: u32,
-    /// Failures that eject it.
-    pub(crate) down: u32,
-}
+use super::Rules;
 
 /// Where a member stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,7 +163,7 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules = Rules { up: 2, down: 3 };
+    const RULES: Rules = Rules { up: 2, down: 3, slow_start: std::time::Duration::ZERO, panic_percent: 50 };
     const NEW: State = State::Joining { successes: 0 };
 
     fn run(state: State, events: &[Event], listed: bool) -> State {

@@ -1,8 +1,9 @@
 //! The members of the cluster as the edge sees them: one writer keeps them and publishes immutable snapshots.
 //!
-//! A request loads the snapshot once for each attempt and makes all its choices from that one. `member` is the pure state machine,
-//! `roster` applies events to all members, `discover` and `health` bring the events.
+//! A request loads the snapshot once for each attempt and makes all its choices from that one. `rules` are the figures that decide,
+//! `member` is the pure state machine, `roster` applies events to all members, `discover` and `health` bring the events.
 
+mod rules;
 mod member;
 mod roster;
 
@@ -16,8 +17,8 @@ use tokio::sync::{Notify, futures::Notified, mpsc};
 use crate::{admin::Members, pick::Rotation};
 
 pub use member::Phase;
-pub(crate) use member::Rules;
-pub(crate) use roster::{Effect, Roster};
+pub(crate) use roster::{Effect, Moment, Roster};
+pub(crate) use rules::{RAMP_STEPS, Rules};
 
 /// One life of a member at one address; a record with another address begins the next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -33,24 +34,56 @@ pub(crate) struct Target {
     pub(crate) peer: HttpPeer,
     /// Whether the model is not in its memory, so that the first word may take as long as loading it.
     pub(crate) must_load: bool,
+    /// Whether probes or requests have failed there, so that nothing is to be expected of it.
+    pub(crate) is_suspect: bool,
+}
+
+/// Members that share requests by their weights.
+#[derive(Debug, Default)]
+pub(crate) struct Ring {
+    targets: Vec<Arc<Target>>,
+    /// When each is due.
+    rotation: Arc<Rotation>,
+}
+
+impl Ring {
+    /// The next member that is none of `avoid`.
+    pub(crate) fn pick(&self, avoid: &[NodeId]) -> Option<Arc<Target>> {
+        let skip = |i: usize| self.targets.get(i).is_none_or(|target| avoid.contains(&target.id));
+        self.rotation.pick(skip).map(|i| Arc::clone(&self.targets[i]))
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.targets.is_empty()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.targets.len()
+    }
 }
 
 /// The nodes of one model.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
     /// Those that take requests now.
-    pub(crate) ready: Vec<Arc<Target>>,
-    /// When each is due.
-    pub(crate) rotation: Arc<Rotation>,
+    pub(crate) ready: Ring,
+    /// While too few are ready, those that failed, and have not said themselves that they take nothing. They are asked after all the
+    /// ready ones: a node that is full says so and the next is asked, so those few cannot be overrun, and a dead one costs a
+    /// request time.
+    pub(crate) suspects: Ring,
     /// How many members there are, ready or not.
     pub(crate) members: usize,
 }
 
 impl Pool {
-    /// The next member that is none of `avoid`.
-    pub(crate) fn pick(&self, avoid: &[NodeId]) -> Option<Arc<Target>> {
-        let skip = |i: usize| self.ready.get(i).is_none_or(|target| avoid.contains(&target.id));
-        self.rotation.pick(skip).map(|i| Arc::clone(&self.ready[i]))
+    /// Whether nobody can be asked.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ready.is_empty() && self.suspects.is_empty()
+    }
+
+    /// Whether so few are ready that failed ones are asked too.
+    pub(crate) fn is_panicking(&self) -> bool {
+        !self.suspects.is_empty()
     }
 }
 

@@ -1,6 +1,10 @@
 //! All members, and what each event changes. Synchronous: the task in `discover` awaits, this applies, and tests call it.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use pingora::upstreams::peer::HttpPeer;
 use tidegate_common::{
@@ -8,14 +12,28 @@ use tidegate_common::{
     ids::NodeId,
     registry::{Link, View},
 };
+use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Incarnation, Pool, Probed, Rules, Signal, Snapshot, Target, member};
+use super::{Incarnation, Pool, Probed, RAMP_STEPS, Ring, Rules, Signal, Snapshot, Target, member};
 use crate::{
     admin::{MemberReport, Members, RegistryLink},
     auth::UnixSeconds,
     pick::Rotation,
 };
+
+/// A moment by both clocks: one for people, one that never jumps.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment {
+    pub(crate) wall: UnixSeconds,
+    pub(crate) at: Instant,
+}
+
+impl Moment {
+    pub(crate) fn now() -> Self {
+        Self { wall: UnixSeconds::now(), at: Instant::now() }
+    }
+}
 
 /// What the task must do after an event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,32 +51,52 @@ struct Member {
     incarnation: Incarnation,
     listed: bool,
     state: member::State,
-    since: UnixSeconds,
+    since: Moment,
+    /// Whether it became ready beside others that were warm, so that its share must grow.
+    starts_slowly: bool,
     peer: Option<Box<HttpPeer>>,
     health: Option<Box<Health>>,
     last_error: Option<String>,
 }
 
-/// A ready set: who, and with what weight.
+/// A set of members: who, and with what weight.
 type Shares = Vec<(NodeId, u32)>;
+
+/// A pool on its way into a snapshot.
+#[derive(Default)]
+struct Draft {
+    ready: Vec<(Arc<Target>, u32)>,
+    failed: Vec<(Arc<Target>, u32)>,
+    members: usize,
+}
 
 /// All members.
 pub(crate) struct Roster {
     rules: Rules,
     members: BTreeMap<NodeId, Member>,
-    /// Rotations by model, kept while the ready set stays the same, so that a new snapshot does not begin the turn anew.
-    rotations: BTreeMap<String, (Shares, Arc<Rotation>)>,
+    /// Rotations by model, of the ready and of the failed, kept while the set stays the same, so that a new snapshot does not begin the
+    /// turn anew.
+    rotations: BTreeMap<(String, bool), (Shares, Arc<Rotation>)>,
+    /// Models with too few members ready.
+    panicking: BTreeSet<String>,
     incarnations: u64,
     link: Link,
 }
 
 impl Roster {
     pub(crate) fn new(rules: Rules) -> Self {
-        Self { rules, members: BTreeMap::new(), rotations: BTreeMap::new(), incarnations: 0, link: Link::default() }
+        Self {
+            rules,
+            members: BTreeMap::new(),
+            rotations: BTreeMap::new(),
+            panicking: BTreeSet::new(),
+            incarnations: 0,
+            link: Link::default(),
+        }
     }
 
     /// The registry shows this now.
-    pub(crate) fn apply_view(&mut self, view: &View, now: UnixSeconds) -> Vec<Effect> {
+    pub(crate) fn apply_view(&mut self, view: &View, now: Moment) -> Vec<Effect> {
         self.link = view.link;
         let mut effects = Vec::new();
         for record in view.nodes.values().filter(|record| record.v <= RECORD_VERSION) {
@@ -74,7 +112,7 @@ impl Roster {
         effects
     }
 
-    fn list(&mut self, record: &NodeRecord, now: UnixSeconds, effects: &mut Vec<Effect>) {
+    fn list(&mut self, record: &NodeRecord, now: Moment, effects: &mut Vec<Effect>) {
         match self.members.get_mut(&record.id) {
             Some(member) if member.record.address == record.address && member.record.tls == record.tls => {
                 member.listed = true;
@@ -89,7 +127,7 @@ impl Roster {
         }
     }
 
-    fn join(&mut self, record: NodeRecord, now: UnixSeconds, effects: &mut Vec<Effect>) {
+    fn join(&mut self, record: NodeRecord, now: Moment, effects: &mut Vec<Effect>) {
         self.incarnations += 1;
         let incarnation = Incarnation(self.incarnations);
         info!(node = %record.id, address = %record.address, model = %record.model, "member joins");
@@ -100,6 +138,7 @@ impl Roster {
             listed: true,
             state: member::State::Joining { successes: 0 },
             since: now,
+            starts_slowly: false,
             peer: None,
             health: None,
             last_error: None,
@@ -109,7 +148,7 @@ impl Roster {
     }
 
     /// A probe or a request says this; what it says of an earlier incarnation is old.
-    pub(crate) fn apply_signal(&mut self, signal: Signal, now: UnixSeconds) -> Vec<Effect> {
+    pub(crate) fn apply_signal(&mut self, signal: Signal, now: Moment) -> Vec<Effect> {
         let mut effects = Vec::new();
         match signal {
             Signal::Probed { id, incarnation, outcome } if self.is_current(&id, incarnation) => {
@@ -147,6 +186,7 @@ impl Roster {
             }
             Probed::Answered { health, .. } if health.node != *id => {
                 member.last_error = Some(format!("node '{}' answers at this address", health.node));
+                member.peer = None;
                 member::Event::Failed
             }
             Probed::Answered { peer, health } => {
@@ -163,12 +203,14 @@ impl Roster {
         }
     }
 
-    fn step(&mut self, id: &NodeId, event: member::Event, now: UnixSeconds, effects: &mut Vec<Effect>) {
+    fn step(&mut self, id: &NodeId, event: member::Event, now: Moment, effects: &mut Vec<Effect>) {
+        let joins_warm_ones = self.has_warm_peer(id, now.at);
         let Some(member) = self.members.get_mut(id) else { return };
         let before = member.state;
         member.state = before.next(event, member.listed, self.rules);
         if member.state.phase() != before.phase() {
             member.since = now;
+            member.starts_slowly = joins_warm_ones;
             tell(id, member, before);
         }
         if member.state == member::State::Gone {
@@ -179,31 +221,81 @@ impl Roster {
         }
     }
 
+    /// Whether another member that shares a model with it has been ready for long.
+    fn has_warm_peer(&self, id: &NodeId, now: Instant) -> bool {
+        let Some(member) = self.members.get(id) else { return false };
+        let shares_a_model = |other: &Member| member.models().iter().any(|(model, _)| other.is_ready_for(model));
+        let is_warm = |other: &Member| self.rules.is_warm(now - other.since.at);
+        self.members.values().any(|other| other.record.id != *id && shares_a_model(other) && is_warm(other))
+    }
+
+    /// When shares change though nothing happens; `None` while nobody starts slowly.
+    pub(crate) fn ramp_step(&self, now: Instant) -> Option<Duration> {
+        let ramps = self.members.values().any(|member| member.share(self.rules, now) < RAMP_STEPS);
+        ramps.then(|| self.rules.slow_start / RAMP_STEPS)
+    }
+
     /// What readers see from now on.
-    pub(crate) fn snapshot(&mut self) -> Snapshot {
-        let mut pools: BTreeMap<String, (Pool, Shares)> = BTreeMap::new();
+    pub(crate) fn snapshot(&mut self, now: Instant) -> Snapshot {
+        let models: BTreeMap<String, Pool> =
+            self.drafts(now).into_iter().map(|(model, draft)| (model.clone(), self.pool(model, draft))).collect();
+        self.rotations.retain(|(model, _), _| models.contains_key(model));
+        self.note_panics(&models);
+        Snapshot { models, default_model: self.default_model(), report: self.report() }
+    }
+
+    fn drafts(&self, now: Instant) -> BTreeMap<String, Draft> {
+        let mut drafts: BTreeMap<String, Draft> = BTreeMap::new();
         for member in self.members.values() {
             let target = member.target(false).map(Arc::new);
+            let weight = member.record.weight * member.share(self.rules, now);
             for (model, state) in member.models() {
-                let (pool, key) = pools.entry(model.to_owned()).or_default();
-                pool.members += 1;
+                let draft = drafts.entry(model.to_owned()).or_default();
+                draft.members += 1;
                 if let Some(target) = target.as_ref().filter(|_| state.takes_requests()) {
                     let must_load = state != ModelState::Ready;
                     let loading = member.target(must_load).filter(|_| must_load).map(Arc::new);
-                    pool.ready.push(loading.unwrap_or_else(|| Arc::clone(target)));
-                    key.push((member.record.id.clone(), member.record.weight));
+                    let set = if target.is_suspect { &mut draft.failed } else { &mut draft.ready };
+                    set.push((loading.unwrap_or_else(|| Arc::clone(target)), weight));
                 }
             }
         }
-        self.rotations.retain(|model, _| pools.contains_key(model));
-        let models = pools
-            .into_iter()
-            .map(|(model, (mut pool, key))| {
-                pool.rotation = self.rotation(&model, key);
-                (model, pool)
-            })
-            .collect();
-        Snapshot { models, default_model: self.default_model(), report: self.report() }
+        drafts
+    }
+
+    fn pool(&mut self, model: String, draft: Draft) -> Pool {
+        let panics = self.rules.panics(draft.ready.len(), draft.failed.len());
+        let failed = if panics { draft.failed } else { Vec::new() };
+        let members = draft.members;
+        Pool {
+            ready: self.ring((model.clone(), true), draft.ready),
+            suspects: self.ring((model, false), failed),
+            members,
+        }
+    }
+
+    fn ring(&mut self, key: (String, bool), set: Vec<(Arc<Target>, u32)>) -> Ring {
+        let shares: Shares = set.iter().map(|(target, weight)| (target.id.clone(), *weight)).collect();
+        let (known, rotation) = self.rotations.entry(key).or_default();
+        if *known != shares {
+            let weights: Vec<u32> = shares.iter().map(|(_, weight)| *weight).collect();
+            *rotation = Arc::new(rotation.followed_by(&weights));
+            *known = shares;
+        }
+        Ring { targets: set.into_iter().map(|(target, _)| target).collect(), rotation: Arc::clone(rotation) }
+    }
+
+    fn note_panics(&mut self, models: &BTreeMap<String, Pool>) {
+        for (model, pool) in models {
+            let (ready, suspects) = (pool.ready.len(), pool.suspects.len());
+            if pool.is_panicking() && self.panicking.insert(model.clone()) {
+                warn!(model, ready, suspects, "too few members are ready, failed ones are asked too");
+            }
+        }
+        let has_left = |model: &String| !models.get(model).is_some_and(Pool::is_panicking);
+        self.panicking.extract_if(.., has_left).for_each(|model| {
+            warn!(model, "failed members are left alone again");
+        });
     }
 
     /// The model of requests that name none: what all members say of themselves, if they agree.
@@ -211,18 +303,6 @@ impl Roster {
         let mut defaults = self.members.values().map(|member| &member.record.model);
         let first = defaults.next()?;
         defaults.all(|model| model == first).then(|| first.clone())
-    }
-
-    fn rotation(&mut self, model: &str, key: Shares) -> Arc<Rotation> {
-        match self.rotations.get(model) {
-            Some((known, rotation)) if *known == key => Arc::clone(rotation),
-            _ => {
-                let weights: Vec<u32> = key.iter().map(|(_, weight)| *weight).collect();
-                let rotation = Arc::new(Rotation::new(&weights));
-                self.rotations.insert(model.to_owned(), (key, Arc::clone(&rotation)));
-                rotation
-            }
-        }
     }
 
     fn report(&self) -> Members {
@@ -249,14 +329,27 @@ impl Member {
         self.state.is_ready() && self.models().iter().any(|(name, state)| *name == model && state.takes_requests())
     }
 
+    /// Whether nothing is known of it but that probes or requests have failed: by its own last words it takes requests.
+    fn has_failed(&self) -> bool {
+        let is_ejected = matches!(self.state, member::State::Ejected { .. });
+        is_ejected && self.health.as_ref().is_some_and(|health| health.status == Status::Healthy)
+    }
+
+    /// The part of its weight that it gets now, in [`RAMP_STEPS`]ths.
+    fn share(&self, rules: Rules, now: Instant) -> u32 {
+        let ramps = self.starts_slowly && self.state.is_ready();
+        if ramps { rules.ramp(now - self.since.at) } else { RAMP_STEPS }
+    }
+
     fn target(&self, must_load: bool) -> Option<Target> {
-        let peer = self.peer.as_deref().filter(|_| self.state.is_ready())?;
+        let peer = self.peer.as_deref().filter(|_| self.state.is_ready() || self.has_failed())?;
         Some(Target {
             id: self.record.id.clone(),
             incarnation: self.incarnation,
             authority: self.record.address.clone(),
             peer: peer.clone(),
             must_load,
+            is_suspect: !self.state.is_ready(),
         })
     }
 
@@ -271,7 +364,7 @@ impl Member {
             site: self.record.site.clone(),
             weight: self.record.weight,
             state: self.state.phase(),
-            since: self.since.0,
+            since: self.since.wall.0,
             listed: self.listed,
             device: health.map(|h| h.device.clone()),
             running: health.map(|h| h.running),
@@ -306,7 +399,11 @@ fn tell(id: &NodeId, member: &Member, before: member::State) {
 mod tests {
     use super::*;
 
-    const NOW: UnixSeconds = UnixSeconds(100);
+    const SLOW_START: Duration = Duration::from_secs(10);
+
+    fn now() -> Moment {
+        Moment { wall: UnixSeconds(100), at: Instant::now() }
+    }
 
     fn record(id: &str, address: &str) -> NodeRecord {
         NodeRecord::new(id.parse().unwrap(), address.into(), "m".into())
@@ -317,7 +414,7 @@ mod tests {
     }
 
     fn roster() -> Roster {
-        Roster::new(Rules { up: 2, down: 3 })
+        Roster::new(Rules { up: 2, down: 3, slow_start: SLOW_START, panic_percent: 50 })
     }
 
     fn answered(record: &NodeRecord, incarnation: u64, status: &str) -> Signal {
@@ -345,8 +442,8 @@ mod tests {
     }
 
     fn ready_for(roster: &mut Roster, model: &str) -> Option<Vec<String>> {
-        let snapshot = roster.snapshot();
-        snapshot.models.get(model).map(|pool| pool.ready.iter().map(|t| t.id.to_string()).collect())
+        let snapshot = roster.snapshot(Instant::now());
+        snapshot.models.get(model).map(|pool| pool.ready.targets.iter().map(|t| t.id.to_string()).collect())
     }
 
     fn failed(record: &NodeRecord, incarnation: u64) -> Signal {
@@ -355,96 +452,96 @@ mod tests {
     }
 
     fn ready(roster: &mut Roster) -> Vec<String> {
-        let snapshot = roster.snapshot();
-        snapshot.models.get("m").map(|p| p.ready.iter().map(|t| t.id.to_string()).collect()).unwrap_or_default()
+        let snapshot = roster.snapshot(Instant::now());
+        snapshot.models.get("m").map(|p| p.ready.targets.iter().map(|t| t.id.to_string()).collect()).unwrap_or_default()
     }
 
     #[test]
     fn a_registry_that_forgets_everyone_changes_nothing_while_probes_pass() {
         let (mut roster, a) = (roster(), record("a", "127.0.0.1:1"));
-        let effects = roster.apply_view(&view(std::slice::from_ref(&a)), NOW);
+        let effects = roster.apply_view(&view(std::slice::from_ref(&a)), now());
         assert!(matches!(effects[0], Effect::Probe { incarnation: Incarnation(1), .. }));
-        roster.apply_signal(answered(&a, 1, "healthy"), NOW);
+        roster.apply_signal(answered(&a, 1, "healthy"), now());
         assert!(ready(&mut roster).is_empty());
-        roster.apply_signal(answered(&a, 1, "healthy"), NOW);
+        roster.apply_signal(answered(&a, 1, "healthy"), now());
         assert_eq!(ready(&mut roster), ["a"]);
-        roster.apply_view(&view(&[]), NOW);
-        roster.apply_signal(answered(&a, 1, "healthy"), NOW);
+        roster.apply_view(&view(&[]), now());
+        roster.apply_signal(answered(&a, 1, "healthy"), now());
         assert_eq!(ready(&mut roster), ["a"]);
         for _ in 0..3 {
-            roster.apply_signal(failed(&a, 1), NOW);
+            roster.apply_signal(failed(&a, 1), now());
         }
-        assert!(roster.snapshot().models.is_empty());
+        assert!(roster.snapshot(Instant::now()).models.is_empty());
     }
 
     #[test]
     fn another_address_is_another_member_and_old_news_of_the_first_is_ignored() {
         let (mut roster, old, new) = (roster(), record("a", "127.0.0.1:1"), record("a", "127.0.0.1:2"));
-        roster.apply_view(&view(std::slice::from_ref(&old)), NOW);
-        let effects = roster.apply_view(&view(std::slice::from_ref(&new)), NOW);
+        roster.apply_view(&view(std::slice::from_ref(&old)), now());
+        let effects = roster.apply_view(&view(std::slice::from_ref(&new)), now());
         assert_eq!(effects[0], Effect::Stop(old.id.clone()));
         for _ in 0..2 {
-            roster.apply_signal(answered(&old, 1, "healthy"), NOW);
+            roster.apply_signal(answered(&old, 1, "healthy"), now());
         }
         assert!(ready(&mut roster).is_empty());
         for _ in 0..2 {
-            roster.apply_signal(answered(&new, 2, "healthy"), NOW);
+            roster.apply_signal(answered(&new, 2, "healthy"), now());
         }
-        assert_eq!(roster.snapshot().models["m"].ready[0].authority, "127.0.0.1:2");
+        assert_eq!(roster.snapshot(Instant::now()).models["m"].ready.targets[0].authority, "127.0.0.1:2");
     }
 
     #[test]
     fn a_stranger_at_the_address_is_a_failed_probe() {
         let (mut roster, a) = (roster(), record("a", "127.0.0.1:1"));
-        roster.apply_view(&view(std::slice::from_ref(&a)), NOW);
+        roster.apply_view(&view(std::slice::from_ref(&a)), now());
         let Signal::Probed { outcome, .. } = answered(&record("b", "127.0.0.1:1"), 1, "healthy") else {
             unreachable!()
         };
         for _ in 0..5 {
             let outcome = outcome.clone();
-            roster.apply_signal(Signal::Probed { id: a.id.clone(), incarnation: Incarnation(1), outcome }, NOW);
+            roster.apply_signal(Signal::Probed { id: a.id.clone(), incarnation: Incarnation(1), outcome }, now());
         }
         assert!(ready(&mut roster).is_empty());
-        assert!(roster.snapshot().report.members[0].last_probe_error.as_deref().unwrap().contains("'b'"));
+        assert!(roster.snapshot(Instant::now()).report.members[0].last_probe_error.as_deref().unwrap().contains("'b'"));
     }
 
     #[test]
     fn each_model_of_a_node_has_a_pool_and_a_failed_one_takes_no_requests() {
         let (mut roster, mut a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
         a.models = vec!["m".into(), "small".into()];
-        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        roster.apply_view(&view(&[a.clone(), b.clone()]), now());
         assert_eq!(ready_for(&mut roster, "small"), Some(vec![]), "known from the record before any probe");
         let both = [("m", "ready"), ("small", "unloaded")];
         for _ in 0..2 {
-            roster.apply_signal(answered_with(&a, 1, &both), NOW);
-            roster.apply_signal(answered(&b, 2, "healthy"), NOW);
+            roster.apply_signal(answered_with(&a, 1, &both), now());
+            roster.apply_signal(answered(&b, 2, "healthy"), now());
         }
         assert_eq!(ready_for(&mut roster, "small").unwrap(), ["a"]);
         assert_eq!(ready(&mut roster), ["a", "b"]);
-        assert_eq!(roster.snapshot().default_model.as_deref(), Some("m"));
+        assert_eq!(roster.snapshot(Instant::now()).default_model.as_deref(), Some("m"));
         for state in ["failed", "stalled", "unloading"] {
-            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("small", state)]), NOW);
+            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("small", state)]), now());
             assert_eq!(ready_for(&mut roster, "small"), Some(vec![]), "{state}");
             assert_eq!(ready(&mut roster), ["a", "b"], "{state}");
         }
-        roster.apply_signal(answered_with(&a, 1, &both), NOW);
+        roster.apply_signal(answered_with(&a, 1, &both), now());
         assert_eq!(ready_for(&mut roster, "small").unwrap(), ["a"]);
-        roster.apply_signal(answered_with(&a, 1, &[("other", "ready")]), NOW);
+        roster.apply_signal(answered_with(&a, 1, &[("other", "ready")]), now());
         assert_eq!((ready_for(&mut roster, "small"), ready(&mut roster)), (None, vec!["b".to_owned()]));
     }
 
     #[test]
     fn a_node_is_kept_that_is_the_last_for_one_of_its_models() {
         let (mut roster, a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
-        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        roster.apply_view(&view(&[a.clone(), b.clone()]), now());
         for _ in 0..2 {
-            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("only here", "ready")]), NOW);
-            roster.apply_signal(answered_with(&b, 2, &[("m", "ready")]), NOW);
+            roster.apply_signal(answered_with(&a, 1, &[("m", "ready"), ("only here", "ready")]), now());
+            roster.apply_signal(answered_with(&b, 2, &[("m", "ready")]), now());
         }
         let lost = |r: &NodeRecord, n| Signal::Lost { id: r.id.clone(), incarnation: Incarnation(n), counts: true };
         for _ in 0..9 {
-            roster.apply_signal(lost(&a, 1), NOW);
-            roster.apply_signal(lost(&b, 2), NOW);
+            roster.apply_signal(lost(&a, 1), now());
+            roster.apply_signal(lost(&b, 2), now());
         }
         assert_eq!(ready(&mut roster), ["a"]);
     }
@@ -452,15 +549,15 @@ mod tests {
     #[test]
     fn lost_requests_eject_a_member_but_not_the_last_one() {
         let (mut roster, a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
-        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        roster.apply_view(&view(&[a.clone(), b.clone()]), now());
         for _ in 0..2 {
-            roster.apply_signal(answered(&a, 1, "healthy"), NOW);
-            roster.apply_signal(answered(&b, 2, "healthy"), NOW);
+            roster.apply_signal(answered(&a, 1, "healthy"), now());
+            roster.apply_signal(answered(&b, 2, "healthy"), now());
         }
         let lost = |r: &NodeRecord, n| Signal::Lost { id: r.id.clone(), incarnation: Incarnation(n), counts: true };
         for _ in 0..9 {
-            roster.apply_signal(lost(&a, 1), NOW);
-            roster.apply_signal(lost(&b, 2), NOW);
+            roster.apply_signal(lost(&a, 1), now());
+            roster.apply_signal(lost(&b, 2), now());
         }
         assert_eq!(ready(&mut roster), ["b"]);
     }
@@ -468,16 +565,90 @@ mod tests {
     #[test]
     fn the_turn_goes_on_across_snapshots() {
         let (mut roster, a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
-        roster.apply_view(&view(&[a.clone(), b.clone()]), NOW);
+        roster.apply_view(&view(&[a.clone(), b.clone()]), now());
         for _ in 0..2 {
-            roster.apply_signal(answered(&a, 1, "healthy"), NOW);
-            roster.apply_signal(answered(&b, 2, "healthy"), NOW);
+            roster.apply_signal(answered(&a, 1, "healthy"), now());
+            roster.apply_signal(answered(&b, 2, "healthy"), now());
         }
         let mut picked = Vec::new();
         for _ in 0..4 {
-            picked.push(roster.snapshot().models["m"].pick(&[]).unwrap().id.to_string());
-            roster.apply_signal(answered(&a, 1, "healthy"), NOW);
+            picked.push(roster.snapshot(Instant::now()).models["m"].ready.pick(&[]).unwrap().id.to_string());
+            roster.apply_signal(answered(&a, 1, "healthy"), now());
         }
         assert_eq!(picked, ["a", "b", "a", "b"]);
+    }
+
+    fn shares(roster: &mut Roster, at: Instant) -> BTreeMap<String, usize> {
+        let snapshot = roster.snapshot(at);
+        let mut shares = BTreeMap::new();
+        for _ in 0..210 {
+            *shares.entry(snapshot.models["m"].ready.pick(&[]).unwrap().id.to_string()).or_default() += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn the_nodes_of_a_fresh_cluster_share_evenly_at_once_and_one_that_comes_later_grows() {
+        let (mut roster, began) = (roster(), now());
+        let after = |s: u64| Moment { at: began.at + Duration::from_secs(s), ..began };
+        let [a, b, c] = ["a", "b", "c"].map(|id| record(id, &format!("127.0.0.1:{}", id.as_bytes()[0])));
+        roster.apply_view(&view(&[a.clone(), b.clone(), c.clone()]), began);
+        for (i, record) in [&a, &b].into_iter().enumerate() {
+            for _ in 0..2 {
+                roster.apply_signal(answered(record, i as u64 + 1, "healthy"), after(2 * i as u64));
+            }
+        }
+        assert_eq!(shares(&mut roster, after(2).at).into_values().collect::<Vec<_>>(), [105, 105]);
+        assert_eq!(roster.ramp_step(after(2).at), None);
+        for _ in 0..2 {
+            roster.apply_signal(answered(&c, 3, "healthy"), after(20));
+        }
+        let mut of_c = Vec::new();
+        for s in 20..=30 {
+            assert_eq!(roster.ramp_step(after(s).at), (s < 29).then_some(Duration::from_secs(1)));
+            of_c.push(shares(&mut roster, after(s).at)["c"]);
+        }
+        assert!(of_c.is_sorted(), "{of_c:?}");
+        assert_eq!((of_c[0], of_c[10]), (10, 70), "{of_c:?}");
+    }
+
+    #[test]
+    fn while_too_few_are_ready_failed_ones_are_asked_but_none_that_says_no_and_no_stranger() {
+        let mut roster = roster();
+        let records = [1, 2, 3, 4, 5].map(|i| record(&format!("n{i}"), &format!("127.0.0.1:{i}")));
+        roster.apply_view(&view(&records), now());
+        let numbered = || (1u64..).zip(&records);
+        for (i, record) in numbered().chain(numbered()) {
+            roster.apply_signal(answered(record, i, "healthy"), now());
+        }
+        let suspects = |roster: &mut Roster| -> Vec<String> {
+            let snapshot = roster.snapshot(Instant::now());
+            snapshot.models["m"].suspects.targets.iter().map(|t| t.id.to_string()).collect()
+        };
+        roster.apply_signal(answered(&records[0], 1, "draining"), now());
+        roster.apply_signal(answered(&records[1], 2, "stalled"), now());
+        let fail = |roster: &mut Roster, i: usize| {
+            for _ in 0..3 {
+                roster.apply_signal(failed(&records[i], i as u64 + 1), now());
+            }
+        };
+        fail(&mut roster, 1);
+        fail(&mut roster, 2);
+        assert_eq!(
+            (ready(&mut roster).len(), suspects(&mut roster).len()),
+            (2, 0),
+            "two of three that could are enough"
+        );
+        fail(&mut roster, 3);
+        assert_eq!(
+            (ready(&mut roster), suspects(&mut roster)),
+            (vec!["n5".to_owned()], vec!["n3".into(), "n4".into()])
+        );
+        let Signal::Probed { outcome, .. } = answered(&records[0], 4, "healthy") else { unreachable!() };
+        let stranger = Signal::Probed { id: records[3].id.clone(), incarnation: Incarnation(4), outcome };
+        roster.apply_signal(stranger, now());
+        assert!(suspects(&mut roster).is_empty(), "one of two that could is enough again");
+        fail(&mut roster, 4);
+        assert_eq!((ready(&mut roster).len(), suspects(&mut roster)), (0, vec!["n3".to_owned(), "n5".into()]));
     }
 }

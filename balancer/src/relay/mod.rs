@@ -143,6 +143,9 @@ struct Journey {
     tried: Vec<NodeId>,
     /// Whether a node has taken it: those after that one treat it as one of theirs.
     is_taken: bool,
+    /// Nodes that were known to be away, and were asked all the same.
+    tried_suspects: Vec<NodeId>,
+    last_was_suspect: bool,
     delivered: Delivered,
     /// The words of the last node that said 503 or 429.
     busy: Option<(NodeId, Answer)>,
@@ -160,6 +163,8 @@ impl Journey {
         Self {
             tried: Vec::new(),
             is_taken: false,
+            tried_suspects: Vec::new(),
+            last_was_suspect: false,
             delivered: Delivered::new(choices),
             busy: None,
             last: None,
@@ -170,11 +175,15 @@ impl Journey {
     }
 
     /// A node was lost.
-    fn note(&mut self, loss: Loss) {
+    fn note(&mut self, target: &Target, loss: Loss) {
+        let tried = if target.is_suspect { &mut self.tried_suspects } else { &mut self.tried };
+        tried.retain(|id| *id != target.id);
+        tried.push(target.id.clone());
+        self.last_was_suspect = target.is_suspect;
         let has_progressed = self.delivered.total() > self.tokens_at_loss;
         self.tokens_at_loss = self.delivered.total();
         self.last = Some(loss);
-        self.suspicious += u32::from(loss.is_suspicious(has_progressed));
+        self.suspicious += u32::from(!target.is_suspect && loss.is_suspicious(has_progressed));
     }
 
     /// Whether it waits for room as long as it may take at all: a node had taken it, and one of the others only lacks a place.
@@ -251,9 +260,7 @@ impl Relay {
 
     fn move_on(&self, record: &Record, journey: &mut Journey, target: &Target, loss: Loss) {
         self.pool.lost(target, loss.counts());
-        journey.tried.retain(|id| *id != target.id);
-        journey.tried.push(target.id.clone());
-        journey.note(loss);
+        journey.note(target, loss);
         let (why, tokens) = (loss.as_str(), journey.delivered.total());
         info!(request_id = %record.ctx.id, node = %target.id, why, tokens, "node lost");
     }

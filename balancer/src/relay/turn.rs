@@ -1,6 +1,7 @@
 //! Who takes the next leg of a stream, or how long it waits for one who can.
 //!
-//! A node that has not been asked comes first; a stream that has begun is rather resumed on the node that was lost than not at all. When
+//! A node that has not been asked comes first; a stream that has begun is rather resumed on the node that was lost than not at all. Where
+//! too few are ready, each request asks those that failed as well, after the others and once: what they do then is no surprise. When
 //! nobody can be asked, because none is ready, none takes requests now, or too many streams are on the move, the request waits up to
 //! `queue_wait` and then asks everyone anew; one that a node had taken and that now only lacks a place waits as long as it may take at all.
 //! Losses that may be the request's own doing are borne `max_resumes` times.
@@ -79,21 +80,23 @@ impl Relay {
             Err(error) => return Turn::Never(error),
         };
         record.model = model.to_owned();
-        let target = match pool.pick(&journey.tried) {
+        let ready = &pool.ready;
+        let target = match ready.pick(&journey.tried) {
             Some(untried) => Some(untried),
             // the same node again is better than none, for a stream that has begun
-            None if is_resuming && !journey.was_refused() => pool.pick(journey.last_asked()).or_else(|| pool.pick(&[])),
+            None if is_resuming && !journey.was_refused() => {
+                ready.pick(journey.last_asked()).or_else(|| ready.pick(&[]))
+            }
             None => None,
         };
+        let target = target.or_else(|| pool.suspects.pick(&journey.tried_suspects));
         match (target, journey.last) {
             (Some(target), None) => Turn::Ask(target),
             (Some(target), Some(_)) => match self.budget.take(Instant::now()) {
                 Ok(()) => Turn::Ask(target),
                 Err(pause) => Turn::Wait(pause, journey.error()),
             },
-            (None, Some(loss)) if !is_resuming && !loss.passes() && !journey.waits_for_room() => {
-                Turn::Never(journey.error())
-            }
+            (None, Some(_)) if !is_resuming && !journey.loss_passes() => Turn::Never(journey.error()),
             (None, _) => Turn::Wait(ASK_AGAIN, journey.error()),
         }
     }
@@ -115,6 +118,11 @@ impl Journey {
     /// What to say when nobody could go on.
     fn error(&self) -> ApiError {
         self.last.map_or_else(|| route::nobody_ready("no node is ready now"), Loss::error)
+    }
+
+    /// Whether waiting may help: a node that was known to be away can come back.
+    fn loss_passes(&self) -> bool {
+        self.last_was_suspect || self.last.is_none_or(Loss::passes) || self.waits_for_room()
     }
 
     /// The node that was lost last.

@@ -307,7 +307,7 @@ async fn waiting_ends_with_queue_wait_and_at_once_for_a_model_nobody_has() {
     assert!(asked.elapsed() >= Duration::from_millis(300));
     assert_eq!(response.status(), 503);
     assert!(response.headers().contains_key("retry-after"));
-    assert!(response.text().await.unwrap().contains("no_ready_node"));
+    assert!(response.text().await.unwrap().contains("node_unavailable"), "it was tried, to no avail");
 }
 
 #[tokio::test]

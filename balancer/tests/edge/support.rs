@@ -130,6 +130,7 @@ impl Node {
         self.behaviour.script.lock().unwrap().push_back(acts);
     }
 
+    /// What its `/health` says from now on: a status, `cold` (healthy, its model not in memory) or `broken` (nothing that can be read).
     pub(crate) fn say(&self, health: &'static str) {
         *self.behaviour.health.lock().unwrap() = health;
     }
@@ -222,6 +223,11 @@ async fn read_request<S: AsyncRead + Unpin>(stream: &mut BufReader<S>, node: &st
 
 async fn answer_health<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut BufReader<S>, behaviour: &Behaviour) {
     let word = *behaviour.health.lock().unwrap();
+    if word == "broken" {
+        let _ = stream.write_all(b"HTTP/1.1 500 X\r\ncontent-length: 1\r\n\r\n?").await;
+        let _ = stream.flush().await;
+        return;
+    }
     // "cold" is healthy, with the model not in memory
     let status = if word == "cold" { "healthy" } else { word };
     let mut body = json!({"status": status, "uptime": 1, "node": behaviour.id, "model": MODEL, "version": "1", "color": "blue",
@@ -301,7 +307,8 @@ impl House {
         Self::with(count, "").await
     }
 
-    /// `extra` is TOML: more sections, or with lines before its first section more keys of `[balancer]`.
+    /// `extra` is TOML: more sections (`[balancer.health]` only as the first), or with lines before its first section more keys of
+    /// `[balancer]`.
     pub(crate) async fn with(count: usize, extra: &str) -> Self {
         let house = Self::build(count, extra, None).await;
         house.until(|members| ready(members).len() == count).await;
@@ -317,6 +324,8 @@ impl House {
         tls::install_provider();
         let sections_at = if extra.starts_with('[') { 0 } else { extra.find("\n[").map_or(extra.len(), |at| at + 1) };
         let (keys, sections) = extra.split_at(sections_at);
+        // the base ends within this section
+        let sections = sections.strip_prefix("[balancer.health]\n").unwrap_or(sections);
         let text = format!("{}\n{sections}", BASE.replacen("threads = 2\n", &format!("threads = 2\n{keys}"), 1));
         let raw = Raw::from_toml(&text, "test").unwrap();
         let (config, cluster) = raw.check(|r| (BalancerConfig::read(r), ClusterConfig::read(r))).unwrap();
