@@ -185,3 +185,41 @@ async fn a_frozen_etcd_and_one_that_lost_its_data_cost_no_request() {
     assert_eq!(cluster.link().await, "live");
     demand_no_failure(&load.stop().await);
 }
+
+#[tokio::test]
+async fn a_balancer_that_starts_while_etcd_is_away_begins_with_the_members_last_known() {
+    if !is_installed() {
+        return;
+    }
+    let nodes = ["n1", "n2"].map(|id| NodePlan { lines: "threads = 1", ..NodePlan::named(id) });
+    let mut cluster = Cluster::start(Plan::new(Registry::Etcd(Etcd::start()), &nodes)).await;
+    let members = cluster.folder().join("members.json");
+    until("the members are written", NOTICED, || async {
+        std::fs::read_to_string(&members).is_ok_and(|text| text.contains("\"n1\"") && text.contains("\"n2\""))
+    })
+    .await;
+    cluster.etcd().kill();
+    cluster.kill_node("n2");
+    cluster.restart_balancer();
+
+    // n2 stands in the file and passes no probe
+    let ready = cluster.until_ready(&["n1"], NOTICED).await;
+    assert_eq!(cluster.link().await, "lost");
+    println!("n1 is ready {ready:?} after the balancer's start");
+    let load = Load::start(&cluster.edge(), 2);
+    cluster.start_node("n2");
+    cluster.until_ready(&["n1", "n2"], LOADING).await;
+    cluster.etcd().run();
+    until("the balancer follows etcd again", LOADING, || async { cluster.link().await == "live" }).await;
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(cluster.ready().await.len(), 2);
+    demand_no_failure(&load.stop().await);
+
+    cluster.etcd().kill();
+    std::fs::write(&members, "{\"v\": 1, \"clus").unwrap();
+    cluster.restart_balancer();
+    until("the balancer warns of its file", NOTICED, || async { cluster.link().await == "lost" }).await;
+    assert!(cluster.balancer().output().contains("the file of last known members cannot be used"));
+    cluster.etcd().run();
+    cluster.until_ready(&["n1", "n2"], LOADING).await;
+}

@@ -11,7 +11,7 @@ use tidegate_common::{
     tls::{self, Identity, MinVersion},
 };
 
-use crate::{accept::Allowlist, auth::Keys, pool::Rules};
+use crate::{accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile};
 
 /// Where the edge listens when nothing is said.
 const LISTEN: &str = "127.0.0.1:18789";
@@ -32,6 +32,7 @@ pub struct BalancerConfig {
     pub(crate) health: HealthConfig,
     pub(crate) relay: RelayConfig,
     pub(crate) upstream_tls: Option<UpstreamTls>,
+    pub(crate) members_file: MembersFile,
 }
 
 /// `[balancer.limits]`: every bound of what a client may make the edge hold.
@@ -112,6 +113,7 @@ impl BalancerConfig {
             health: HealthConfig::read(&r.section("health")),
             relay: RelayConfig::read(&r.section("relay")),
             upstream_tls: UpstreamTls::read(&r.section("upstream_tls")),
+            members_file: MembersFile::read(&r),
         };
         if !insecure {
             config.demand_protection(&r);

@@ -18,6 +18,7 @@ use crate::{
     health::{Probe, Prober},
     metrics::Metrics,
     pool::{Effect, Moment, PoolView, Roster, Rules, Signal},
+    remembered::Remembered,
 };
 
 /// The writer.
@@ -27,11 +28,18 @@ pub(crate) struct Discover {
     prober: Arc<Prober>,
     probes: HashMap<NodeId, Probe>,
     metrics: Arc<Metrics>,
+    remembered: Remembered,
 }
 
 impl Discover {
-    pub(crate) fn new(rules: Rules, view: Arc<PoolView>, prober: Arc<Prober>, metrics: Arc<Metrics>) -> Self {
-        Self { roster: Roster::new(rules), view, prober, probes: HashMap::new(), metrics }
+    pub(crate) fn new(
+        rules: Rules,
+        view: Arc<PoolView>,
+        prober: Arc<Prober>,
+        metrics: Arc<Metrics>,
+        remembered: Remembered,
+    ) -> Self {
+        Self { roster: Roster::new(rules), view, prober, probes: HashMap::new(), metrics, remembered }
     }
 
     /// Runs until the process ends.
@@ -59,7 +67,7 @@ impl Discover {
     }
 
     fn follow(&mut self, views: &mut watch::Receiver<View>) {
-        let view = views.borrow_and_update().clone();
+        let view = self.remembered.complete(views.borrow_and_update().clone());
         let effects = self.roster.apply_view(&view, Moment::now());
         self.perform(effects);
     }
@@ -89,6 +97,7 @@ impl Discover {
     }
 
     fn publish(&mut self) {
+        self.remembered.note(self.roster.records());
         let snapshot = self.roster.snapshot(Instant::now());
         self.metrics.show_members(&snapshot);
         self.view.publish(snapshot);

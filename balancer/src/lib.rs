@@ -8,8 +8,8 @@
 //! node that `pick` chose, and on to the next when that one is lost. `answer` writes what the edge says itself, and `record` makes
 //! exactly one terminal record of it all.
 //!
-//! Beside the request: `discover` follows the registry and `health` probes each member; both feed `pool`, whose one writer publishes
-//! immutable snapshots. `metrics` counts, `admin` shows it on a private listener, `drain` waits for open requests at the end.
+//! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
+//! whose one writer publishes immutable snapshots. `metrics` counts, `admin` shows it on a private listener, `drain` waits for open requests at the end.
 //!
 //! Pingora carries the connections: its listeners, connection filter, HTTP/1.1 and HTTP/2 sessions and its pooled connector. Its
 //! `Server` and `HttpProxy` are left out on purpose: the first ends after a fixed sleep instead of when the last stream has ended,
@@ -31,6 +31,7 @@ mod relay;
 mod answer;
 mod record;
 mod discover;
+mod remembered;
 mod health;
 mod pool;
 mod metrics;

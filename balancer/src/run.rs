@@ -30,6 +30,7 @@ use crate::{
     metrics::Metrics,
     pool::PoolView,
     relay::{Budget, Relay},
+    remembered::Remembered,
     serve::Edge,
     tls::{Refused, Secured},
 };
@@ -137,8 +138,10 @@ fn start(
         relay: config.relay.clone(),
         has_upstream_tls: config.upstream_tls.is_some(),
     };
-    let discover = Discover::new(config.health.rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics))
-        .run(registry, signals);
+    let remembered = Remembered::open(&config.members_file, cluster);
+    let discover =
+        Discover::new(config.health.rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics), remembered)
+            .run(registry, signals);
     let (closing, closed) = watch::channel(false);
     let (admin_closing, admin_closed) = watch::channel(false);
     let private = Admin { pool: Arc::clone(&pool), metrics: Arc::clone(&metrics), open: Arc::clone(&open) };

@@ -8,6 +8,7 @@ pub mod config;
 pub mod contract;
 pub mod registry;
 pub mod tls;
+pub mod data_dir;
 pub mod holder;
 pub mod shutdown;
 pub mod telemetry;

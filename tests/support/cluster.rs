@@ -1,6 +1,11 @@
 //! A balancer and nodes as separate processes, set up by one configuration file each.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -84,15 +89,16 @@ impl Cluster {
         ensure_model();
         let (edge_port, admin_port) = (free_port(), free_port());
         let nodes: BTreeMap<_, _> = plan.nodes.iter().map(|p| (p.id, Node::planned(*p))).collect();
-        let file = plan.folder.path().join("balancer.toml");
+        let file = balancer_file(plan.folder.path());
         let (registry, more) = (registry_lines(&plan.registry, &nodes, plan.ghosts), plan.balancer);
+        // never the file of who runs the tests
+        let members = plan.folder.path().join("members.json");
         let text = format!(
-            "{registry}\n[balancer]\nlisten = [\"127.0.0.1:{edge_port}\"]\n{more}\n\
+            "{registry}\n[balancer]\nlisten = [\"127.0.0.1:{edge_port}\"]\nmembers_file = {members:?}\n{more}\n\
              [balancer.admin]\nlisten = \"127.0.0.1:{admin_port}\"\n"
         );
-        fs::write(&file, text).unwrap();
-        let balancer =
-            Process::start("balancer", plan.folder.path(), tidegate().args(["balancer", "--config"]).arg(file));
+        fs::write(file, text).unwrap();
+        let balancer = start_balancer(plan.folder.path());
         let scheme = if plan.tls { "https" } else { "http" };
         let mut cluster = Self {
             balancer,
@@ -162,6 +168,12 @@ impl Cluster {
         self.nodes.get_mut(id).unwrap().process.as_mut().unwrap()
     }
 
+    /// Ends the balancer as a power cut would, and starts it again.
+    pub(crate) fn restart_balancer(&mut self) {
+        self.balancer.kill();
+        self.balancer = start_balancer(self.folder.path());
+    }
+
     /// The balancer's process.
     pub(crate) fn balancer(&mut self) -> &mut Process {
         &mut self.balancer
@@ -192,6 +204,14 @@ impl Cluster {
         })
         .await
     }
+}
+
+fn balancer_file(folder: &Path) -> PathBuf {
+    folder.join("balancer.toml")
+}
+
+fn start_balancer(folder: &Path) -> Process {
+    Process::start("balancer", folder, tidegate().args(["balancer", "--config"]).arg(balancer_file(folder)))
 }
 
 impl Node {

@@ -147,6 +147,11 @@ impl Roster {
         self.members.insert(member.record.id.clone(), member);
     }
 
+    /// The records of all members.
+    pub(crate) fn records(&self) -> impl Iterator<Item = &NodeRecord> + Clone {
+        self.members.values().map(|member| &member.record)
+    }
+
     /// A probe or a request says this; what it says of an earlier incarnation is old.
     pub(crate) fn apply_signal(&mut self, signal: Signal, now: Moment) -> Vec<Effect> {
         let mut effects = Vec::new();

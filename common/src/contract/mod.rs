@@ -14,5 +14,5 @@ mod resume;
 pub use error::{ApiError, ErrorKind};
 pub use event::EventId;
 pub use health::{Health, ModelHealth, ModelState, Status};
-pub use record::{NodeRecord, RECORD_VERSION};
+pub use record::{KNOWN_MEMBERS_VERSION, KnownMembers, NodeRecord, RECORD_VERSION};
 pub use resume::Resume;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Color, NodeId, SiteName};
+use crate::ids::{ClusterName, Color, NodeId, SiteName};
 
 /// Version of the record's form; readers skip records of a later one.
 pub const RECORD_VERSION: u32 = 1;
@@ -59,6 +59,20 @@ impl NodeRecord {
     pub fn models(&self) -> &[String] {
         if self.models.is_empty() { std::slice::from_ref(&self.model) } else { &self.models }
     }
+}
+
+/// Version of the form of [`KnownMembers`]; a later one is not read.
+pub const KNOWN_MEMBERS_VERSION: u32 = 1;
+
+/// The members that a balancer knew last, as it keeps them in a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownMembers {
+    /// [`KNOWN_MEMBERS_VERSION`] when it was written.
+    pub v: u32,
+    /// Whose members they are.
+    pub cluster: ClusterName,
+    /// Their records, as the registry had them.
+    pub nodes: Vec<NodeRecord>,
 }
 
 fn blue() -> Color {

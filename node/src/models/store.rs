@@ -8,8 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use etcetera::BaseStrategy;
 use serde::{Deserialize, Serialize};
+use tidegate_common::data_dir;
 
 use super::{ModelError, ModelRef, Progress, Source, Wheels, digest, fetch, hub};
 
@@ -86,11 +86,7 @@ impl Store {
     /// # Errors
     /// When the variable is not set and the user has no home.
     pub fn default_data_dir() -> Result<PathBuf, ModelError> {
-        if let Some(dir) = std::env::var_os("TIDEGATE_DATA_DIR").filter(|dir| !dir.is_empty()) {
-            return Ok(PathBuf::from(dir));
-        }
-        let xdg = etcetera::choose_base_strategy().map_err(|e| ModelError::NoHome(e.to_string()))?;
-        Ok(xdg.data_dir().join("tidegate"))
+        data_dir::default().map_err(ModelError::NoHome)
     }
 
     /// The folder.
