@@ -9,7 +9,7 @@ ROUNDS ?= 5
 # How long `make fuzz` gives to each target.
 SECONDS_EACH ?= 60
 
-.PHONY: help up setup setup-test build model test bench bench-cpu fuzz lint fmt doc deny ci
+.PHONY: help up setup setup-test build model test test-faults bench bench-cpu fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -33,6 +33,9 @@ model: setup ## fetch the model that tests use
 test: setup-test model ## run every test; the first time, fetch what they need
 	cargo test --locked --workspace --doc
 	cargo nextest run --locked --workspace
+
+test-faults: setup-test model ## lose nodes, wires and etcd under load, over and over, and compare every answer
+	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --profile faults -E 'binary(cluster) & test(/^faults::/)'
 
 bench: setup ## measure the engine alone
 	cargo bench --locked --workspace

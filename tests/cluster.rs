@@ -13,6 +13,7 @@ mod up;
 mod allowlist;
 mod mtls;
 mod failover;
+mod faults;
 mod batching;
 mod fair;
 mod models;

@@ -19,7 +19,12 @@ async fn the_official_client_is_served_over_tls() {
     let nodes = [
         NodePlan { lines: "threads = 1", ..NodePlan::named("n1") },
         // one at a time and one more in its queue: the third is one too many
-        NodePlan { id: "n2", lines: "threads = 1\nmax_batch_size = 1\nmax_queue = 1", serves: Some("narrow") },
+        NodePlan {
+            id: "n2",
+            lines: "threads = 1\nmax_batch_size = 1\nmax_queue = 1",
+            serves: Some("narrow"),
+            ..NodePlan::default()
+        },
     ];
     let mut plan = Plan::new(Registry::Static, &nodes);
     let folder = plan.folder.path().to_owned();

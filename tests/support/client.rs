@@ -50,6 +50,17 @@ pub(crate) struct Streamed {
     pub(crate) fault: Option<String>,
 }
 
+/// An answer as it came, with its times.
+#[derive(Debug, Default)]
+pub(crate) struct Heard {
+    pub(crate) status: u16,
+    pub(crate) text: String,
+    /// The longest time between two of its parts, comments not counted.
+    pub(crate) pause: Option<Duration>,
+    /// Why there is no more of it.
+    pub(crate) fault: Option<String>,
+}
+
 /// A whole answer with its tokens.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Wire {
@@ -126,6 +137,31 @@ impl Client {
             note(all.len());
         }
         String::from_utf8(all).unwrap()
+    }
+
+    /// POST under a request id; whatever comes of it.
+    pub(crate) async fn hear(&self, url: &str, id: &str, body: &Value) -> Heard {
+        let mut heard = Heard::default();
+        if let Err(error) = self.listen(url, id, body, &mut heard).await {
+            heard.fault = Some(format!("{error:?}"));
+        }
+        heard
+    }
+
+    async fn listen(&self, url: &str, id: &str, body: &Value, into: &mut Heard) -> reqwest::Result<()> {
+        let response = self.0.post(url).header("x-request-id", id).json(body).send().await?;
+        into.status = response.status().as_u16();
+        let (mut chunks, mut all, mut last) = (response.bytes_stream(), Vec::new(), None);
+        while let Some(chunk) = chunks.next().await {
+            let chunk = chunk.inspect_err(|_| into.text = String::from_utf8_lossy(&all).into_owned())?;
+            all.extend_from_slice(&chunk);
+            if !chunk.starts_with(b":") {
+                let since = last.replace(Instant::now()).map(|last: Instant| last.elapsed());
+                into.pause = into.pause.max(since);
+            }
+        }
+        into.text = String::from_utf8_lossy(&all).into_owned();
+        Ok(())
     }
 
     /// POST whose answer is a stream of events, read to its end; `event` is called at each event's data.

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use super::{
     LOADING, MODEL,
+    cable::Cable,
     client::Client,
     etcd::{Etcd, free_port},
     process::{Process, ensure_model, tidegate},
@@ -22,6 +23,8 @@ use super::{
 pub(crate) enum Registry {
     /// A real etcd.
     Etcd(Etcd),
+    /// A real etcd of several members.
+    Members(Vec<Etcd>),
     /// A list in the balancer's configuration.
     Static,
 }
@@ -35,6 +38,8 @@ pub(crate) struct NodePlan {
     pub(crate) lines: &'static str,
     /// Its model's name in the API, when it is not the model's own.
     pub(crate) serves: Option<&'static str>,
+    /// Whether it is reached by a cable that can be cut.
+    pub(crate) by_cable: bool,
 }
 
 impl NodePlan {
@@ -49,6 +54,7 @@ pub(crate) struct Node {
     plan: NodePlan,
     port: u16,
     admin_port: u16,
+    cable: Option<Cable>,
     process: Option<Process>,
 }
 
@@ -141,12 +147,18 @@ impl Cluster {
         format!("http://127.0.0.1:{}", self.admin_port)
     }
 
-    /// The etcd.
-    pub(crate) fn etcd(&mut self) -> &mut Etcd {
+    /// The members of etcd.
+    pub(crate) fn etcd_members(&mut self) -> &mut [Etcd] {
         match &mut self.registry {
-            Registry::Etcd(etcd) => etcd,
+            Registry::Etcd(etcd) => std::slice::from_mut(etcd),
+            Registry::Members(members) => members,
             Registry::Static => panic!("this cluster has no etcd"),
         }
+    }
+
+    /// The etcd, or its first member.
+    pub(crate) fn etcd(&mut self) -> &mut Etcd {
+        &mut self.etcd_members()[0]
     }
 
     /// Starts a node that does not run.
@@ -156,6 +168,29 @@ impl Cluster {
         let file = node_file(self.folder.path().join(format!("{id}.toml")), node, &self.registry);
         let command = &mut tidegate();
         node.process = Some(Process::start(id, self.folder.path(), command.args(["node", "--config"]).arg(file)));
+    }
+
+    /// Starts a node that does not run, and waits until requests go to it; from when it can answer, how long that took.
+    pub(crate) async fn revive_node(&mut self, id: &'static str, limit: Duration) -> Duration {
+        self.start_node(id);
+        let (client, health) = (Client::new(), format!("{}/health", self.node(id)));
+        until(&format!("{id} says that it is healthy"), LOADING, || async {
+            client.get(&health).await.is_ok_and(|answer| answer.status == 200)
+        })
+        .await;
+        until(&format!("{id} is ready"), limit, || async { self.ready().await.iter().any(|ready| ready == id) }).await
+    }
+
+    /// Cuts the cable to a node, or mends it.
+    pub(crate) fn cut(&self, id: &str, is_cut: bool) {
+        self.nodes[id].cable.as_ref().expect("the node is reached by a cable").cut(is_cut);
+    }
+
+    /// Tells a node to end; whether it did within `limit`.
+    pub(crate) fn drain_node(&mut self, id: &str, limit: Duration) -> bool {
+        let mut process = self.nodes.get_mut(id).unwrap().process.take().unwrap();
+        process.signal("TERM");
+        process.ended_within(limit).is_some_and(|status| status.success())
     }
 
     /// Ends a node as a power cut would.
@@ -216,7 +251,9 @@ fn start_balancer(folder: &Path) -> Process {
 
 impl Node {
     fn planned(plan: NodePlan) -> Self {
-        Self { plan, port: free_port(), admin_port: free_port(), process: None }
+        let port = free_port();
+        let cable = plan.by_cable.then(|| Cable::to(port));
+        Self { plan, port, admin_port: free_port(), cable, process: None }
     }
 }
 
@@ -237,7 +274,7 @@ pub(crate) async fn lone_node(plan: NodePlan) -> (Process, String, TempDir) {
 }
 
 fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
-    let Node { plan, port, admin_port, .. } = node;
+    let Node { plan, port, admin_port, cable, .. } = node;
     // announcing into a list does nothing: the balancer has the whole of it
     let registry = registry_lines(registry, &BTreeMap::new(), &[("none", "none")]);
     let serves = plan.serves.map(|name| format!("served_model_name = \"{name}\"\n")).unwrap_or_default();
@@ -245,9 +282,11 @@ fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
         true => String::new(),
         false => format!("model = \"{MODEL}\"\n"),
     };
+    let advertise =
+        cable.as_ref().map(|cable| format!("advertise = \"127.0.0.1:{}\"\n", cable.port())).unwrap_or_default();
     let text = format!(
         "{registry}\n[node]\nid = \"{}\"\nlisten = \"127.0.0.1:{port}\"\nadmin.listen = \"127.0.0.1:{admin_port}\"\n\
-         {model}{serves}{}\n",
+         {model}{serves}{advertise}{}\n",
         plan.id, plan.lines
     );
     fs::write(&file, text).unwrap();
@@ -256,10 +295,13 @@ fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
 
 fn registry_lines(registry: &Registry, nodes: &BTreeMap<&str, Node>, ghosts: &[(&str, &str)]) -> String {
     let head = "[cluster]\nname = \"t\"\n[cluster.registry]\n";
+    let etcd = |members: &[Etcd]| {
+        let endpoints: Vec<String> = members.iter().map(Etcd::endpoint).collect();
+        format!("{head}kind = \"etcd\"\nendpoints = {endpoints:?}\nlease_ttl = \"4s\"\n")
+    };
     match registry {
-        Registry::Etcd(etcd) => {
-            format!("{head}kind = \"etcd\"\nendpoints = [\"{}\"]\nlease_ttl = \"4s\"\n", etcd.endpoint())
-        }
+        Registry::Etcd(member) => etcd(std::slice::from_ref(member)),
+        Registry::Members(members) => etcd(members),
         Registry::Static => {
             let entry = |id: &str, port: u16, model: &str| {
                 format!(

@@ -4,6 +4,7 @@
 pub(crate) mod etcd;
 
 pub(crate) mod process;
+pub(crate) mod cable;
 pub(crate) mod cluster;
 pub(crate) mod client;
 pub(crate) mod certs;

@@ -15,12 +15,33 @@ use tempfile::TempDir;
 
 /// One etcd member that is killed when dropped.
 pub struct Etcd {
+    seat: Seat,
     child: Option<Child>,
     client_port: u16,
-    peer_port: u16,
+    /// `name=address` of each member, as etcd wants it.
+    members: String,
     dir: TempDir,
-    flags: Vec<String>,
     scheme: &'static str,
+}
+
+/// Where a member is to be.
+#[derive(Debug, Clone)]
+pub struct Seat {
+    /// Its name, unlike any other member's.
+    pub name: String,
+    /// Its address.
+    pub ip: String,
+    /// More flags.
+    pub flags: Vec<String>,
+    /// The command that it is run by, such as `ip netns exec NAME`; mostly none.
+    pub within: Vec<String>,
+}
+
+impl Seat {
+    /// On loopback.
+    pub fn here(name: &str) -> Self {
+        Self { name: name.to_owned(), ip: "127.0.0.1".to_owned(), flags: Vec::new(), within: Vec::new() }
+    }
 }
 
 /// Whether etcd can be started here; says so when not, since a test that skips must tell why.
@@ -45,21 +66,48 @@ impl Etcd {
 
     /// Starts one with more flags, reached by `scheme`.
     pub fn start_with(flags: &[&str], scheme: &'static str) -> Self {
-        let mut etcd = Self {
+        let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        // its one peer is itself
+        Self::start_members(vec![Seat { flags, ..Seat::here("t") }], scheme, "http").remove(0)
+    }
+
+    /// Starts the members of one cluster, which answer clients by `scheme` and each other by `peer_scheme`.
+    pub fn start_members(seats: Vec<Seat>, scheme: &'static str, peer_scheme: &str) -> Vec<Self> {
+        let member = |seat: &Seat| format!("{}={peer_scheme}://{}:{}", seat.name, seat.ip, free_port());
+        let members = seats.iter().map(member).collect::<Vec<_>>().join(",");
+        let etcd = |seat| Self {
+            seat,
             child: None,
             client_port: free_port(),
-            peer_port: free_port(),
+            members: members.clone(),
             dir: tempfile::tempdir().unwrap(),
-            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
             scheme,
         };
-        etcd.run();
-        etcd
+        let mut all: Vec<Self> = seats.into_iter().map(etcd).collect();
+        Self::run_all(&mut all);
+        all
+    }
+
+    /// Starts all members, none of which answers before most of them run.
+    pub fn run_all(members: &mut [Self]) {
+        members.iter_mut().for_each(Self::spawn);
+        members.iter_mut().for_each(Self::wait_until_it_answers);
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.seat.name
     }
 
     /// Where clients reach it.
     pub fn endpoint(&self) -> String {
-        format!("{}://127.0.0.1:{}", self.scheme, self.client_port)
+        format!("{}://{}:{}", self.scheme, self.seat.ip, self.client_port)
+    }
+
+    fn peer_url(&self) -> &str {
+        let own = |member: &&str| member.starts_with(&format!("{}=", self.seat.name));
+        let member = self.members.split(',').find(own).unwrap();
+        &member[self.seat.name.len() + 1..]
     }
 
     /// The client port.
@@ -69,24 +117,30 @@ impl Etcd {
 
     /// Starts it, or starts it again on the same ports and data, and waits until it answers.
     pub fn run(&mut self) {
+        self.spawn();
+        self.wait_until_it_answers();
+    }
+
+    fn spawn(&mut self) {
         assert!(self.child.is_none(), "etcd runs already");
         let log = File::create(self.dir.path().join("log")).unwrap();
-        let (client, peer) = (self.endpoint(), format!("http://127.0.0.1:{}", self.peer_port));
-        let child = Command::new("etcd")
-            .args(["--name", "t", "--data-dir"])
+        let (client, peer) = (self.endpoint(), self.peer_url().to_owned());
+        let mut words = self.seat.within.iter().map(String::as_str).chain(["etcd"]);
+        let child = Command::new(words.next().unwrap())
+            .args(words)
+            .args(["--name", &self.seat.name, "--data-dir"])
             .arg(self.data())
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--initial-cluster", &format!("t={peer}")])
+            .args(["--initial-cluster", &self.members])
             // quick elections, and so a quick start; a lease is never shorter than one and a half of them
             .args(["--heartbeat-interval", "50", "--election-timeout", "500", "--unsafe-no-fsync"])
-            .args(&self.flags)
+            .args(&self.seat.flags)
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .spawn()
             .unwrap();
         self.child = Some(child);
-        self.wait_until_it_answers();
     }
 
     /// Ends it as a power cut would.
