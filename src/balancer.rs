@@ -1,15 +1,17 @@
 //! `tidegate balancer`: the edge as a process of its own.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use tidegate_balancer::{Balancer, BalancerConfig};
 use tidegate_common::{
-    config::{ClusterConfig, LogConfig, Raw, Reader, RegistryConfig},
+    config::{ClusterConfig, LogConfig, Problems, Raw, Reader, RegistryConfig},
     registry, shutdown, telemetry,
 };
 
 use crate::{
     exit::Failure,
+    private,
+    reload::{self, Source},
     settings::{self, ConfigFile},
     signals,
 };
@@ -28,39 +30,53 @@ pub(crate) struct Args {
     admin_listen: Option<SocketAddr>,
 }
 
+impl Source for Args {
+    fn file(&self) -> Option<PathBuf> {
+        self.file.config.clone()
+    }
+
+    fn raw(&self) -> Result<Raw, Problems> {
+        let text = |address: Option<SocketAddr>| address.map(|a| a.to_string());
+        Ok(self.file.read()?.with_flag("balancer.listen", "--listen", text(self.listen)).with_flag(
+            "balancer.admin.listen",
+            "--admin-listen",
+            text(self.admin_listen),
+        ))
+    }
+
+    fn checked(&self, raw: &Raw) -> Result<BalancerConfig, Problems> {
+        check(raw).map(|(_, _, config)| config)
+    }
+}
+
 pub(crate) fn run(args: Args) -> Result<(), Failure> {
-    let raw = args.file.read()?;
-    let raw = raw.with_flag("balancer.listen", "--listen", args.listen.map(|a| a.to_string())).with_flag(
-        "balancer.admin.listen",
-        "--admin-listen",
-        args.admin_listen.map(|a| a.to_string()),
-    );
+    let raw = args.raw()?;
     let (cluster, log, config) = check(&raw)?;
     telemetry::init(&log);
+    let started = (raw, config.files().to_vec());
     let balancer = Balancer::bind(config)?;
+    let reloads = balancer.reloads();
     let registry = registry::open(&cluster)?;
     let (trigger, drain) = shutdown::channel();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| Failure::internal(format!("cannot set up the runtime: {e}")))?;
+    let runtime = private::runtime()?;
     let (ended, end) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || ended.send(balancer.run(&cluster, Arc::clone(&registry), drain)));
     runtime.block_on(async {
         tokio::select! {
             outcome = end => outcome.map_err(|_| Failure::internal("the balancer's thread panicked"))?.map_err(Failure::from),
             failure = signals::drain_then_cut(trigger, std::future::pending(), signals::logged) => Err(failure),
+            failure = reload::follow(args, started, reloads) => Err(failure),
         }
     })
 }
 
-fn check(raw: &Raw) -> Result<(ClusterConfig, LogConfig, BalancerConfig), Failure> {
-    Ok(raw.check(|r| {
+fn check(raw: &Raw) -> Result<(ClusterConfig, LogConfig, BalancerConfig), Problems> {
+    raw.check(|r| {
         settings::leave_to_others(r, "node");
         let cluster = ClusterConfig::read(r);
         refuse_memory(r, &cluster);
         (cluster, LogConfig::read(r), BalancerConfig::read(r))
-    })?)
+    })
 }
 
 fn refuse_memory(root: &Reader<'_>, cluster: &ClusterConfig) {

@@ -12,6 +12,7 @@ mod drain;
 mod key;
 mod settings;
 mod private;
+mod reload;
 mod signals;
 mod progress;
 mod exit;

@@ -12,6 +12,7 @@ mod config;
 mod up;
 mod allowlist;
 mod mtls;
+mod reload;
 mod failover;
 mod faults;
 mod batching;

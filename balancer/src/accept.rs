@@ -4,6 +4,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     net::{IpAddr, SocketAddr},
     str::FromStr,
     sync::{Arc, Mutex, PoisonError},
@@ -14,6 +15,8 @@ use ipnet::IpNet;
 use pingora::listeners::ConnectionFilter;
 use prometheus::IntCounter;
 use tidegate_common::config::Reader;
+
+use crate::live::Current;
 
 /// Addresses that may connect; what `deny` names may not, whatever `allow` says.
 #[derive(Debug, Clone, Default)]
@@ -54,16 +57,22 @@ impl Allowlist {
 }
 
 /// The allowlist at the door.
-#[derive(Debug)]
 pub(crate) struct Gate {
-    pub(crate) allowlist: Allowlist,
+    pub(crate) live: Current,
     pub(crate) refused: IntCounter,
+}
+
+/// What it holds has no other form for people than the file it came from.
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gate")
+    }
 }
 
 #[async_trait]
 impl ConnectionFilter for Gate {
     async fn should_accept(&self, address: Option<&SocketAddr>) -> bool {
-        let accepted = address.is_some_and(|address| self.allowlist.permits(address.ip()));
+        let accepted = address.is_some_and(|address| self.live.load().config.allowlist.permits(address.ip()));
         if !accepted {
             self.refused.inc();
         }
@@ -72,22 +81,17 @@ impl ConnectionFilter for Gate {
 }
 
 /// Counts the connections of each address.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Connections {
     open: Mutex<HashMap<IpAddr, usize>>,
-    per_address_max: usize,
 }
 
 impl Connections {
-    pub(crate) fn new(per_address_max: usize) -> Arc<Self> {
-        Arc::new(Self { open: Mutex::default(), per_address_max })
-    }
-
-    /// A place for one more connection of `ip`, given back when the permit is dropped.
-    pub(crate) fn enter(self: &Arc<Self>, ip: IpAddr) -> Option<ConnectionPermit> {
+    /// A place for one more connection of `ip`, given back when the permit is dropped; none when it has `per_address_max` already.
+    pub(crate) fn enter(self: &Arc<Self>, ip: IpAddr, per_address_max: usize) -> Option<ConnectionPermit> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let count = open.entry(ip).or_default();
-        if *count >= self.per_address_max {
+        if *count >= per_address_max {
             return None;
         }
         *count += 1;
@@ -136,14 +140,14 @@ mod tests {
 
     #[test]
     fn places_come_back_when_connections_end() {
-        let connections = Connections::new(2);
+        let connections = Arc::new(Connections::default());
         let ip = IpAddr::from([127, 0, 0, 1]);
-        let first = connections.enter(ip);
-        let _second = connections.enter(ip).unwrap();
-        assert!(connections.enter(ip).is_none());
-        assert!(connections.enter(IpAddr::from([127, 0, 0, 2])).is_some());
+        let first = connections.enter(ip, 2);
+        let _second = connections.enter(ip, 2).unwrap();
+        assert!(connections.enter(ip, 2).is_none());
+        assert!(connections.enter(IpAddr::from([127, 0, 0, 2]), 2).is_some());
         drop(first);
-        assert!(connections.enter(ip).is_some());
+        assert!(connections.enter(ip, 2).is_some());
         assert_eq!(connections.open.lock().unwrap().len(), 1);
     }
 }

@@ -11,9 +11,11 @@ use std::{
 
 use pingora::server::{Fds, ListenFds};
 use tidegate_common::{config::ClusterConfig, holder, registry::Registry, shutdown::Shutdown};
+use tokio::sync::mpsc;
 
 use crate::{
     config::BalancerConfig,
+    live::{Reading, Reloads},
     run::{self, RunError},
 };
 
@@ -23,6 +25,8 @@ pub struct Balancer {
     pub(crate) config: BalancerConfig,
     pub(crate) service: Vec<TcpListener>,
     pub(crate) admin: TcpListener,
+    pub(crate) reloads: Reloads,
+    pub(crate) readings: mpsc::Receiver<Reading>,
 }
 
 impl Balancer {
@@ -33,7 +37,8 @@ impl Balancer {
     pub fn bind(config: BalancerConfig) -> Result<Self, RunError> {
         let service = config.listen.iter().map(|address| listen(*address)).collect::<Result<_, _>>()?;
         let admin = listen(config.admin)?;
-        Ok(Self { config, service, admin })
+        let (reloads, readings) = Reloads::new();
+        Ok(Self { config, service, admin, reloads, readings })
     }
 
     /// Where clients are served; the ports are the real ones, also where the configuration says 0.
@@ -44,6 +49,11 @@ impl Balancer {
     /// Where the private listener stands.
     pub fn admin_address(&self) -> Option<SocketAddr> {
         self.admin.local_addr().ok()
+    }
+
+    /// By which it is given new readings of its configuration, now and while it runs.
+    pub fn reloads(&self) -> Reloads {
+        self.reloads.clone()
     }
 
     /// Serves until `shutdown` fires and the open requests have ended, or their bound has passed. Blocks; call it on its own thread,

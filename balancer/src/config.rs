@@ -33,6 +33,7 @@ pub struct BalancerConfig {
     pub(crate) relay: RelayConfig,
     pub(crate) upstream_tls: Option<UpstreamTls>,
     pub(crate) members_file: MembersFile,
+    files: Vec<PathBuf>,
 }
 
 /// `[balancer.limits]`: every bound of what a client may make the edge hold.
@@ -96,6 +97,17 @@ pub(crate) struct UpstreamTls {
 }
 
 impl BalancerConfig {
+    /// Sections and keys that hold from a start to the end; all others a reload may change.
+    pub const FIXED: [&str; 7] = [
+        "cluster",
+        "log",
+        "balancer.listen",
+        "balancer.admin",
+        "balancer.threads",
+        "balancer.members_file",
+        "balancer.limits.idle_timeout",
+    ];
+
     /// Reads `[balancer]`; every problem is noted at `root`, also those of the files it names.
     pub fn read(root: &Reader<'_>) -> Self {
         tls::install_provider();
@@ -114,6 +126,7 @@ impl BalancerConfig {
             relay: RelayConfig::read(&r.section("relay")),
             upstream_tls: UpstreamTls::read(&r.section("upstream_tls")),
             members_file: MembersFile::read(&r),
+            files: named_files(&r),
         };
         if !insecure {
             config.demand_protection(&r);
@@ -129,6 +142,11 @@ impl BalancerConfig {
     /// Where the private listener stands.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin
+    }
+
+    /// Certificates, keys and key files that it names: what a change of means reading all of it again.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
     }
 
     /// Whether clients are served over TLS.
@@ -159,6 +177,16 @@ impl fmt::Debug for BalancerConfig {
             .field("tls", &self.uses_tls())
             .finish_non_exhaustive()
     }
+}
+
+fn named_files(r: &Reader<'_>) -> Vec<PathBuf> {
+    const FILES: [(&str, &[&str]); 3] =
+        [("tls", &["cert", "key"]), ("auth", &["keys_file"]), ("upstream_tls", &["ca", "cert", "key"])];
+    let in_section = |(section, keys): (&str, &[&str])| {
+        let section = r.section(section);
+        keys.iter().filter_map(|key| section.get(key)).collect::<Vec<PathBuf>>()
+    };
+    FILES.into_iter().flat_map(in_section).collect()
 }
 
 fn available_threads() -> usize {

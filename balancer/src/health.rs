@@ -13,9 +13,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use pingora::{
-    connectors::http::Connector, http::RequestHeader, protocols::http::client::HttpSession, upstreams::peer::HttpPeer,
-};
+use pingora::{http::RequestHeader, protocols::http::client::HttpSession, upstreams::peer::HttpPeer};
 use rand::RngExt;
 use tidegate_common::contract::{Health, NodeRecord, headers, paths};
 use tokio::{
@@ -25,7 +23,8 @@ use tokio::{
 };
 
 use crate::{
-    config::{HealthConfig, RelayConfig},
+    config::RelayConfig,
+    live::{Current, Live},
     pool::{Incarnation, Probed, Signal},
 };
 
@@ -36,11 +35,7 @@ const PROBE_GROUP: u64 = 1;
 
 /// Makes probes.
 pub(crate) struct Prober {
-    pub(crate) connector: Arc<Connector>,
-    pub(crate) health: HealthConfig,
-    pub(crate) relay: RelayConfig,
-    /// Whether nodes can be verified; without it one that speaks TLS is out of reach.
-    pub(crate) has_upstream_tls: bool,
+    pub(crate) live: Current,
 }
 
 /// One member's probe; it stops when dropped.
@@ -91,7 +86,7 @@ impl Prober {
 
     async fn rest(&self, began: Instant, soon: &AtomicBool, changed: &Notify) {
         let jitter = rand::rng().random_range(0.9..1.1);
-        let usual = self.health.interval.mul_f64(jitter);
+        let usual = self.live.load().config.health.interval.mul_f64(jitter);
         loop {
             let pause = if soon.load(Ordering::Relaxed) { usual / 5 } else { usual };
             tokio::select! {
@@ -102,37 +97,39 @@ impl Prober {
     }
 
     async fn probe(&self, record: &NodeRecord) -> Probed {
-        match timeout(self.health.timeout, self.ask(record)).await {
+        let live = self.live.load_full();
+        let bound = live.config.health.timeout;
+        match timeout(bound, ask(&live, record)).await {
             Ok(Ok((peer, health))) => Probed::Answered { peer: Box::new(peer), health: Box::new(health) },
             Ok(Err(reason)) => Probed::Failed(reason),
-            Err(_) => Probed::Failed(format!("no answer within {:?}", self.health.timeout)),
+            Err(_) => Probed::Failed(format!("no answer within {bound:?}")),
         }
     }
+}
 
-    async fn ask(&self, record: &NodeRecord) -> Result<(HttpPeer, Health), String> {
-        if record.tls && !self.has_upstream_tls {
-            return Err("the node speaks TLS, and balancer.upstream_tls.ca is not set".into());
-        }
-        let address = resolve(&record.address).await?;
-        let peer = self.peer(address, record);
-        let mut probed = peer.clone();
-        probed.group_key = PROBE_GROUP;
-        let (mut session, _) = self.connector.get_http_session(&probed).await.map_err(|e| e.to_string())?;
-        let body = fetch(&mut session, &record.address).await.map_err(|e| e.to_string())?;
-        let health =
-            serde_json::from_slice(&body).map_err(|e| format!("{} answers with nonsense: {e}", paths::HEALTH))?;
-        Ok((peer, health))
+async fn ask(live: &Live, record: &NodeRecord) -> Result<(HttpPeer, Health), String> {
+    // without a CA a node that speaks TLS cannot be verified
+    if record.tls && live.config.upstream_tls.is_none() {
+        return Err("the node speaks TLS, and balancer.upstream_tls.ca is not set".into());
     }
+    let address = resolve(&record.address).await?;
+    let peer = peer(&live.config.relay, address, record);
+    let mut probed = peer.clone();
+    probed.group_key = PROBE_GROUP;
+    let (mut session, _) = live.relay.connector.get_http_session(&probed).await.map_err(|e| e.to_string())?;
+    let body = fetch(&mut session, &record.address).await.map_err(|e| e.to_string())?;
+    let health = serde_json::from_slice(&body).map_err(|e| format!("{} answers with nonsense: {e}", paths::HEALTH))?;
+    Ok((peer, health))
+}
 
-    fn peer(&self, address: SocketAddr, record: &NodeRecord) -> HttpPeer {
-        let host = record.address.rsplit_once(':').map_or(record.address.as_str(), |(host, _)| host);
-        let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-        let mut peer = HttpPeer::new(address, record.tls, name);
-        peer.options.connection_timeout = Some(self.relay.connect_timeout);
-        peer.options.total_connection_timeout = Some(self.relay.connect_timeout * 2);
-        peer.options.write_timeout = Some(self.relay.stall_timeout);
-        peer
-    }
+fn peer(relay: &RelayConfig, address: SocketAddr, record: &NodeRecord) -> HttpPeer {
+    let host = record.address.rsplit_once(':').map_or(record.address.as_str(), |(host, _)| host);
+    let name = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let mut peer = HttpPeer::new(address, record.tls, name);
+    peer.options.connection_timeout = Some(relay.connect_timeout);
+    peer.options.total_connection_timeout = Some(relay.connect_timeout * 2);
+    peer.options.write_timeout = Some(relay.stall_timeout);
+    peer
 }
 
 async fn resolve(address: &str) -> Result<SocketAddr, String> {

@@ -9,7 +9,8 @@
 //! exactly one terminal record of it all.
 //!
 //! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
-//! whose one writer publishes immutable snapshots. `metrics` counts, `admin` shows it on a private listener, `drain` waits for open requests at the end.
+//! whose one writer publishes immutable snapshots. `live` is the configuration in force, which a reload replaces. `metrics` counts, `admin`
+//! shows it on a private listener, `drain` waits for open requests at the end.
 //!
 //! Pingora carries the connections: its listeners, connection filter, HTTP/1.1 and HTTP/2 sessions and its pooled connector. Its
 //! `Server` and `HttpProxy` are left out on purpose: the first ends after a fixed sleep instead of when the last stream has ended,
@@ -18,6 +19,7 @@
 mod config;
 mod bind;
 mod run;
+mod live;
 mod accept;
 mod tls;
 mod serve;
@@ -42,4 +44,5 @@ pub mod fuzz;
 
 pub use bind::Balancer;
 pub use config::BalancerConfig;
+pub use live::Reloads;
 pub use run::{RunError, run};

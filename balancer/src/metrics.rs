@@ -28,6 +28,8 @@ pub(crate) struct Metrics {
     pub(crate) open_streams: IntGauge,
     /// Connections closed before a request, by reason.
     pub(crate) refused: IntCounterVec,
+    /// Readings of the configuration while running, by what became of them.
+    pub(crate) reloads: IntCounterVec,
     members: IntGaugeVec,
     panics: IntGaugeVec,
 }
@@ -45,6 +47,7 @@ impl Metrics {
             open_requests: gauges(r, "open_requests", "requests open", &[]).with_label_values::<&str>(&[]),
             open_streams: gauges(r, "open_streams", "streams open", &[]).with_label_values::<&str>(&[]),
             refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
+            reloads: counters(r, "reloads_total", "readings of the configuration while running", &["outcome"]),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
             panics: gauges(
                 r,
@@ -119,6 +122,7 @@ mod tests {
         metrics.retries.with_label_values(&["connect"]).inc();
         metrics.resumes.with_label_values(&["ended"]).inc();
         metrics.refused("allowlist").inc();
+        metrics.reloads.with_label_values(&["applied"]).inc();
         let text = String::from_utf8(metrics.render()).unwrap();
         let mut names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
         names.sort_unstable();
@@ -126,6 +130,7 @@ mod tests {
         tidegate_connections_refused_total
         tidegate_open_requests
         tidegate_open_streams
+        tidegate_reloads_total
         tidegate_request_duration_seconds
         tidegate_requests_total
         tidegate_resumes_total

@@ -4,39 +4,38 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use pingora::{
     apps::{HttpServerOptions, ServerApp},
-    connectors::{ConnectorOptions, http::Connector},
     server::ListenFds,
     services::{Service as _, listening::Service},
 };
 use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, tls::TlsError};
 use tokio::{
     runtime::Runtime,
-    sync::{Semaphore, watch},
+    sync::watch,
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
 use tracing::{info, warn};
 
 use crate::{
-    accept::{Connections, Gate},
+    accept::Gate,
     admin::Admin,
     bind::{self, Balancer},
-    config::{BalancerConfig, UpstreamTls},
+    config::BalancerConfig,
     discover::Discover,
     drain::OpenRequests,
     health::Prober,
+    limits::Places,
+    live::{self, Current, Live},
     metrics::Metrics,
     pool::PoolView,
-    relay::{Budget, Relay},
     remembered::Remembered,
     serve::Edge,
     tls::{Refused, Secured},
 };
 
-/// Idle connections kept to nodes, for each worker thread.
-const IDLE_UPSTREAMS_PER_THREAD: usize = 256;
 /// From closing the sockets to counting: what was on its way then is a request by the end of it.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long the runtime may take to drop what is left after the drain.
@@ -113,7 +112,7 @@ struct House {
     /// Kept, so that the private listener answers to the end.
     _admin_closing: watch::Sender<bool>,
     open: Arc<OpenRequests>,
-    drain_grace: Duration,
+    live: Current,
 }
 
 fn start(
@@ -123,29 +122,25 @@ fn start(
     registry: Arc<dyn Registry>,
 ) -> Result<House, RunError> {
     let _within = runtime.enter();
-    let Balancer { config, service, admin } = balancer;
+    let Balancer { config, service, admin, readings, reloads: _ } = balancer;
     let (names, fds) = bind::hand_over(service).map_err(RunError::Setup)?;
     let (admin_names, admin_fds) = bind::hand_over(vec![admin]).map_err(RunError::Setup)?;
     info!(cluster = %cluster.name, listen = ?names, tls = config.uses_tls(), admin = ?admin_names, "balancer listens");
 
     let metrics = Arc::new(Metrics::new());
     let open = Arc::new(OpenRequests::default());
-    let connector = Arc::new(connect_with(&config)?);
+    let rules = config.health.rules;
     let (pool, signals) = PoolView::new();
-    let prober = Prober {
-        connector: Arc::clone(&connector),
-        health: config.health.clone(),
-        relay: config.relay.clone(),
-        has_upstream_tls: config.upstream_tls.is_some(),
-    };
     let remembered = Remembered::open(&config.members_file, cluster);
-    let discover =
-        Discover::new(config.health.rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics), remembered)
-            .run(registry, signals);
+    let live = Arc::new(ArcSwap::from_pointee(Live::new(config, &pool)?));
+    let prober = Prober { live: Arc::clone(&live) };
+    let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics), remembered)
+        .run(registry, signals);
     let (closing, closed) = watch::channel(false);
     let (admin_closing, admin_closed) = watch::channel(false);
-    let private = Admin { pool: Arc::clone(&pool), metrics: Arc::clone(&metrics), open: Arc::clone(&open) };
-    let public = public_service(&config, connector, pool, &metrics, &open);
+    let public = public_service(&live, &metrics, &open);
+    tokio::spawn(live::follow(readings, Arc::clone(&live), Arc::clone(&pool), Arc::clone(&metrics)));
+    let private = Admin { pool, metrics, open: Arc::clone(&open) };
     Ok(House {
         service: listen(public, &names, fds, closed),
         admin: listen(Service::new("admin".into(), private), &admin_names, admin_fds, admin_closed),
@@ -153,55 +148,25 @@ fn start(
         closing,
         _admin_closing: admin_closing,
         open,
-        drain_grace: config.drain_grace,
+        live,
     })
 }
 
-fn connect_with(config: &BalancerConfig) -> Result<Connector, RunError> {
-    let mut options = ConnectorOptions::new(IDLE_UPSTREAMS_PER_THREAD * config.threads);
-    // without a CA of our own nobody is trusted, rather than whoever the system trusts
-    options.ca_file = Some("/dev/null".into());
-    if let Some(UpstreamTls { ca, identity }) = &config.upstream_tls {
-        // Pingora panics on files it cannot read, so they are read once more just before
-        config.upstream_tls.as_ref().map_or(Ok(()), UpstreamTls::check)?;
-        options.ca_file = Some(ca.display().to_string());
-        options.cert_key_file =
-            identity.as_ref().map(|(cert, key)| (cert.display().to_string(), key.display().to_string()));
-    }
-    Ok(Connector::new(Some(options)))
-}
-
-fn public_service(
-    config: &BalancerConfig,
-    connector: Arc<Connector>,
-    pool: Arc<PoolView>,
-    metrics: &Arc<Metrics>,
-    open: &Arc<OpenRequests>,
-) -> Service<Secured<Edge>> {
+fn public_service(live: &Current, metrics: &Arc<Metrics>, open: &Arc<OpenRequests>) -> Service<Secured<Edge>> {
     let mut options = HttpServerOptions::default();
-    options.h2_idle_timeout = Some(config.limits.idle_timeout);
+    options.h2_idle_timeout = Some(live.load().config.limits.idle_timeout);
     let edge = Edge {
-        limits: config.limits.clone(),
-        keys: config.keys.clone(),
-        places: Arc::new(Semaphore::new(config.limits.concurrent_requests_max)),
-        relay: Relay {
-            connector,
-            budget: Budget::new(config.relay.moves_per_second, config.relay.moves_burst, Instant::now()),
-            rules: config.relay.clone(),
-            pool: Arc::clone(&pool),
-        },
-        pool,
+        live: Arc::clone(live),
+        places: Places::default(),
         metrics: Arc::clone(metrics),
         open: Arc::clone(open),
         options,
         started: Instant::now(),
     };
     let refused = Refused { per_address: metrics.refused("per_address"), handshake: metrics.refused("handshake") };
-    let connections = Connections::new(config.limits.connections_per_address_max);
-    let secured = Secured::new(Arc::new(edge), config.tls.clone(), connections, config.limits.header_timeout, refused);
+    let secured = Secured::new(Arc::new(edge), Arc::clone(live), refused);
     let mut service = Service::new("edge".into(), secured);
-    let gate = Gate { allowlist: config.allowlist.clone(), refused: metrics.refused("allowlist") };
-    service.set_connection_filter(Arc::new(gate));
+    service.set_connection_filter(Arc::new(Gate { live: Arc::clone(live), refused: metrics.refused("allowlist") }));
     service
 }
 
@@ -230,11 +195,12 @@ impl House {
     }
 
     async fn leave(&self) {
-        info!(open = self.open.count(), grace = ?self.drain_grace, "balancer drains");
+        let grace = self.live.load().config.drain_grace;
+        info!(open = self.open.count(), ?grace, "balancer drains");
         self.open.drain();
         self.closing.send_replace(true);
         sleep(SETTLE).await;
-        match timeout(self.drain_grace, self.open.idle()).await {
+        match timeout(grace, self.open.idle()).await {
             Ok(()) => info!("balancer leaves, every request has ended"),
             Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),
         }

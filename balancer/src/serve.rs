@@ -19,23 +19,19 @@ use pingora::{
 };
 use serde_json::json;
 use tidegate_common::contract::{ApiError, ErrorKind};
-use tokio::{
-    sync::Semaphore,
-    time::{Instant, timeout},
-};
+use tokio::time::{Instant, timeout};
 
 use crate::{
     answer::{self, Answer},
-    auth::{self, Keys, UnixSeconds},
+    auth::{self, UnixSeconds},
     body::Wish,
-    config::LimitsConfig,
     ctx::RequestCtx,
     drain::OpenRequests,
-    limits::{self, BodyError},
+    limits::{self, BodyError, Places},
+    live::{Current, Live},
     metrics::Metrics,
-    pool::PoolView,
     record::Record,
-    relay::{Generation, Relay},
+    relay::Generation,
     route::{self, Route},
 };
 
@@ -48,11 +44,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The service that clients meet.
 pub(crate) struct Edge {
-    pub(crate) limits: LimitsConfig,
-    pub(crate) keys: Option<Arc<Keys>>,
-    pub(crate) places: Arc<Semaphore>,
-    pub(crate) pool: Arc<PoolView>,
-    pub(crate) relay: Relay,
+    pub(crate) live: Current,
+    pub(crate) places: Places,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) open: Arc<OpenRequests>,
     pub(crate) options: HttpServerOptions,
@@ -104,7 +97,8 @@ impl HttpServerApp for Edge {
 
     fn h2_options(&self) -> Option<H2Options> {
         let mut options = default_h2_options();
-        options.max_header_list_size(u32::try_from(self.limits.header_bytes_max).unwrap_or(u32::MAX));
+        options
+            .max_header_list_size(u32::try_from(self.live.load().config.limits.header_bytes_max).unwrap_or(u32::MAX));
         Some(options)
     }
 
@@ -117,7 +111,10 @@ impl Edge {
     /// Whether there is a request to handle.
     async fn read_head(&self, session: &mut ServerSession, mut shutdown: ShutdownWatch) -> bool {
         let reused = session.take_connection_user_context().is_some();
-        let bound = if reused { self.limits.idle_timeout } else { self.limits.header_timeout };
+        let bound = {
+            let limits = &self.live.load().config.limits;
+            if reused { limits.idle_timeout } else { limits.header_timeout }
+        };
         let read = tokio::select! {
             biased;
             read = timeout(bound, session.read_request()) => read,
@@ -141,72 +138,41 @@ impl Edge {
 
     async fn handle(&self, session: &mut ServerSession) -> Ended {
         let mut record = Record::new(Arc::clone(&self.metrics), RequestCtx::of(session));
-        match self.stages(session, &mut record).await {
+        let live = self.live.load_full();
+        match self.stages(&live, session, &mut record).await {
             Ok(ended) => ended,
             Err(error) => refuse(session, &mut record, &error).await,
         }
     }
 
     /// The stages in their order; each either passes the request on or refuses it.
-    async fn stages(&self, session: &mut ServerSession, record: &mut Record) -> Result<Ended, ApiError> {
-        if let Err(error) = limits::check_head(session, &self.limits) {
+    async fn stages(&self, live: &Live, session: &mut ServerSession, record: &mut Record) -> Result<Ended, ApiError> {
+        let limits = &live.config.limits;
+        if let Err(error) = limits::check_head(session, limits) {
             session.set_keepalive(None);
             return Err(error);
         }
         let head = session.req_header();
         let route = route::route(&head.method, head.uri.path());
         if route == Ok(Route::Health) {
-            return Ok(self.health(session, record).await);
+            return Ok(self.health(live, session, record).await);
         }
-        if let Some(keys) = &self.keys {
+        if let Some(keys) = &live.config.keys {
             let header = |name| session.get_header(name).map(|v| v.as_bytes());
             let given = header(AUTHORIZATION).and_then(auth::bearer).or_else(|| header(API_KEY));
             record.ctx.tenant = Some(keys.owner(given, UnixSeconds::now())?);
         }
-        let _place = limits::enter(&self.places)?;
+        let _place = self.places.enter(limits.concurrent_requests_max)?;
         match route? {
-            Route::Health => Ok(self.health(session, record).await),
-            Route::Models => Ok(self.models(session, record).await),
-            Route::Document(path) => self.document(path, session, record).await,
-            Route::Generation(path) => self.generate(path, session, record).await,
+            Route::Health => Ok(self.health(live, session, record).await),
+            Route::Models => Ok(self.models(live, session, record).await),
+            Route::Document(path) => document(live, path, session, record).await,
+            Route::Generation(path) => generate(live, path, session, record).await,
         }
     }
 
-    async fn generate(
-        &self,
-        path: &'static str,
-        session: &mut ServerSession,
-        record: &mut Record,
-    ) -> Result<Ended, ApiError> {
-        let body = match limits::read_body(session, &self.limits).await {
-            Ok(body) => body,
-            Err(BodyError::Refused(error)) => return Err(error),
-            Err(BodyError::ClientGone) => {
-                record.reason = "client_gone";
-                return Ok(Ended::ClientGone);
-            }
-        };
-        let wish = Wish::read(&body)?;
-        Ok(self.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
-    }
-
-    /// Nodes know the API; all of them say the same of it.
-    async fn document(
-        &self,
-        path: &'static str,
-        session: &mut ServerSession,
-        record: &mut Record,
-    ) -> Result<Ended, ApiError> {
-        let snapshot = self.pool.load();
-        let ready = snapshot.models.iter().find(|(_, pool)| !pool.ready.is_empty());
-        let model = ready.map(|(model, _)| model.clone());
-        let model = model.ok_or_else(|| route::nobody_ready("no node is ready to tell of its API"))?;
-        drop(snapshot);
-        Ok(self.relay.carry(session, record, &Generation::document(path, model)).await)
-    }
-
-    async fn health(&self, session: &mut ServerSession, record: &mut Record) -> Ended {
-        let snapshot = self.pool.load();
+    async fn health(&self, live: &Live, session: &mut ServerSession, record: &mut Record) -> Ended {
+        let snapshot = live.relay.pool.load();
         let (status, word) = if snapshot.has_ready() { (200, "healthy") } else { (503, "unavailable") };
         let ready: usize = snapshot.models.values().map(|pool| pool.ready.len()).sum();
         let members: usize = snapshot.models.values().map(|pool| pool.members).sum();
@@ -216,8 +182,8 @@ impl Edge {
     }
 
     /// Each model once, whichever nodes serve it.
-    async fn models(&self, session: &mut ServerSession, record: &mut Record) -> Ended {
-        let snapshot = self.pool.load();
+    async fn models(&self, live: &Live, session: &mut ServerSession, record: &mut Record) -> Ended {
+        let snapshot = live.relay.pool.load();
         let created = record.ctx.created.0 - self.started.elapsed().as_secs().min(record.ctx.created.0);
         let model = |id: &String| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate"});
         let ids: BTreeMap<_, _> = snapshot.models.iter().filter(|(_, pool)| !pool.ready.is_empty()).collect();
@@ -239,6 +205,39 @@ impl Edge {
         let kept = session.finish().await.ok().flatten()?;
         Some(ReusedHttpStream::from_reusable_stream(kept, settings))
     }
+}
+
+async fn generate(
+    live: &Live,
+    path: &'static str,
+    session: &mut ServerSession,
+    record: &mut Record,
+) -> Result<Ended, ApiError> {
+    let body = match limits::read_body(session, &live.config.limits).await {
+        Ok(body) => body,
+        Err(BodyError::Refused(error)) => return Err(error),
+        Err(BodyError::ClientGone) => {
+            record.reason = "client_gone";
+            return Ok(Ended::ClientGone);
+        }
+    };
+    let wish = Wish::read(&body)?;
+    Ok(live.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+}
+
+/// Nodes know the API; all of them say the same of it.
+async fn document(
+    live: &Live,
+    path: &'static str,
+    session: &mut ServerSession,
+    record: &mut Record,
+) -> Result<Ended, ApiError> {
+    let snapshot = live.relay.pool.load();
+    let ready = snapshot.models.iter().find(|(_, pool)| !pool.ready.is_empty());
+    let model = ready.map(|(model, _)| model.clone());
+    let model = model.ok_or_else(|| route::nobody_ready("no node is ready to tell of its API"))?;
+    drop(snapshot);
+    Ok(live.relay.carry(session, record, &Generation::document(path, model)).await)
 }
 
 async fn write_json(session: &mut ServerSession, record: &mut Record, status: u16, body: &serde_json::Value) -> Ended {

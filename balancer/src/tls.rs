@@ -2,28 +2,28 @@
 //!
 //! Pingora's own TLS listener always offers TLS 1.2 as well, so its listener runs plain here and the handshake is made on top.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
 use pingora::{
     apps::ServerApp,
-    listeners::tls::Acceptor,
     protocols::{GetSocketDigest, Stream, l4::stream::Stream as TcpStream},
     server::ShutdownWatch,
 };
 use prometheus::IntCounter;
-use rustls::ServerConfig;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::accept::Connections;
+use crate::{
+    accept::Connections,
+    live::{Current, Live},
+};
 
 /// An HTTP application behind connection limits and, when configured, TLS.
 pub(crate) struct Secured<A> {
     inner: Arc<A>,
-    acceptor: Option<Acceptor>,
+    live: Current,
     connections: Arc<Connections>,
-    handshake_timeout: Duration,
     refused: Refused,
 }
 
@@ -34,19 +34,13 @@ pub(crate) struct Refused {
 }
 
 impl<A> Secured<A> {
-    pub(crate) fn new(
-        inner: Arc<A>,
-        tls: Option<Arc<ServerConfig>>,
-        connections: Arc<Connections>,
-        handshake_timeout: Duration,
-        refused: Refused,
-    ) -> Self {
-        Self { inner, acceptor: tls.map(Acceptor::from_server_config), connections, handshake_timeout, refused }
+    pub(crate) fn new(inner: Arc<A>, live: Current, refused: Refused) -> Self {
+        Self { inner, live, connections: Arc::default(), refused }
     }
 
-    async fn secure(&self, stream: Box<TcpStream>) -> Option<Stream> {
-        let Some(acceptor) = &self.acceptor else { return Some(stream) };
-        match timeout(self.handshake_timeout, acceptor.tls_handshake(*stream)).await {
+    async fn secure(&self, live: &Live, stream: Box<TcpStream>) -> Option<Stream> {
+        let Some(acceptor) = &live.acceptor else { return Some(stream) };
+        match timeout(live.config.limits.header_timeout, acceptor.tls_handshake(*stream)).await {
             Ok(Ok(stream)) => return Some(Box::new(stream)),
             Ok(Err(e)) => debug!(error = %e, "handshake failed"),
             Err(_) => debug!("handshake took too long"),
@@ -64,11 +58,14 @@ fn ip_of(stream: &TcpStream) -> Option<IpAddr> {
 impl<A: ServerApp + Send + Sync + 'static> ServerApp for Secured<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         let stream = stream.into_any().downcast::<TcpStream>().ok()?;
-        let Some(_permit) = self.connections.enter(ip_of(&stream)?) else {
+        let live = self.live.load_full();
+        let per_address_max = live.config.limits.connections_per_address_max;
+        let Some(_permit) = self.connections.enter(ip_of(&stream)?, per_address_max) else {
             self.refused.per_address.inc();
             return None;
         };
-        let stream = self.secure(stream).await?;
+        let stream = self.secure(&live, stream).await?;
+        drop(live); // each request has its own
         self.inner.process_new(stream, shutdown).await
     }
 }

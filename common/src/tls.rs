@@ -5,8 +5,9 @@ use std::{
     sync::Arc,
 };
 
+pub use rustls::ServerConfig;
 use rustls::{
-    ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    ClientConfig, RootCertStore, SupportedProtocolVersion,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::WebPkiClientVerifier,
     version::TLS13,

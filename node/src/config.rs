@@ -251,6 +251,11 @@ impl AdminConfig {
 }
 
 impl TlsFiles {
+    /// All of them.
+    pub fn all(&self) -> Vec<PathBuf> {
+        [&self.cert, &self.key].into_iter().chain(&self.client_ca).cloned().collect()
+    }
+
     fn read(r: &Reader<'_>) -> Option<Self> {
         let client_ca = r.get::<PathBuf>("client_ca");
         let (cert, key) = read_pair(r, "cert", "key")?;

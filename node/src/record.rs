@@ -95,6 +95,8 @@ const TOKEN_COUNTS: [f64; 16] = [
 #[derive(Clone)]
 pub struct Metrics {
     registry: Registry,
+    /// Readings of the certificates while running, by `applied` or `refused`.
+    pub reloads: IntCounterVec,
     requests: IntCounterVec,
     time_to_first_token: HistogramVec,
     /// Under the old name and the new one.
@@ -133,10 +135,16 @@ impl Metrics {
             &[MODEL, "finished_reason"],
         )?;
         registry.register(Box::new(ends.clone()))?;
+        let reloads = IntCounterVec::new(
+            Opts::new("tidegate_node_reloads_total", "Readings of the certificates while running, by outcome."),
+            &["outcome"],
+        )?;
+        registry.register(Box::new(reloads.clone()))?;
         let models: Vec<&str> = models.into_iter().collect();
         let metrics = Self {
             requests,
             ends,
+            reloads,
             model: models.first().copied().unwrap_or_default().to_owned(),
             time_to_first_token: histogram(
                 "vllm:time_to_first_token_seconds",

@@ -12,6 +12,7 @@ use tidegate_common::{
     contract::NodeRecord,
     holder,
     registry::Registry,
+    reload::Watcher,
     shutdown::Shutdown,
     tls::{self, MinVersion, TlsError},
 };
@@ -19,7 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     admin,
-    config::NodeConfig,
+    config::{NodeConfig, TlsFiles},
     duty::{Duties, Duty, Wishes},
     http::{App, router},
     record::Metrics,
@@ -82,7 +83,10 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
     let wishes = Wishes::new(registry.drained(&config.id).await);
     let app = Arc::new(App { models, metrics, duties: Duties::default(), wishes, started: Instant::now(), config });
     let handle = Handle::new();
-    let server = serve(&app, handle.clone())?;
+    let tls = app.config.tls.as_ref().map(read_tls).transpose()?.map(RustlsConfig::from_config);
+    let watcher = Watcher::new(app.config.tls.as_ref().map(TlsFiles::all).unwrap_or_default())
+        .map_err(|e| RunError::Internal(format!("cannot listen for signals: {e}")))?;
+    let server = serve(&app, tls.clone(), handle.clone())?;
     let mut server = tokio::spawn(server);
     let _admin = admin::serve(&app)?;
 
@@ -93,6 +97,7 @@ pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: 
     info!(node = %app.config.id, seconds = app.started.elapsed().as_secs_f32(), "ready");
     let ended = tokio::select! {
         () = follow_wishes(&app, &registry) => Ok(()),
+        () = follow_files(&app, watcher, tls) => Ok(()),
         () = shutdown.wait() => Ok(()),
         () = app.models.engine_death() => Err(RunError::Internal("the engine thread ended; the log says why".into())),
         served = &mut server => Err(RunError::Internal(format!("the listener ended: {served:?}"))),
@@ -155,28 +160,50 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Binds at once, so that a port in use is an error before anything is loaded.
-fn serve(app: &Arc<App>, handle: Handle<SocketAddr>) -> Result<impl Future<Output = io::Result<()>> + use<>, RunError> {
+fn serve(
+    app: &Arc<App>,
+    tls: Option<RustlsConfig>,
+    handle: Handle<SocketAddr>,
+) -> Result<impl Future<Output = io::Result<()>> + use<>, RunError> {
     let address = app.config.listen;
-    let listen = |source| RunError::listen("node.listen", address, source);
-    let listener = bind(address).map_err(listen)?;
+    let listener = bind(address).map_err(|source| RunError::listen("node.listen", address, source))?;
     let service = router(app.clone()).into_make_service();
-    let tls = match &app.config.tls {
-        None => None,
-        Some(files) => {
-            let identity = tls::Identity::read(&files.cert, &files.key)?;
-            let config = tls::server_config(&identity, MinVersion::Tls13, files.client_ca.as_deref())?;
-            Some(RustlsConfig::from_config(Arc::new(config)))
-        }
-    };
-    let plain = tls.is_none().then(|| listener.try_clone()).transpose().map_err(listen)?;
     info!(node = %app.config.id, %address, tls = tls.is_some(), "listening");
     Ok(async move {
-        match (plain, tls) {
-            (Some(plain), _) => axum_server::from_tcp(plain)?.handle(handle).serve(service).await,
-            (None, Some(tls)) => axum_server::from_tcp_rustls(listener, tls)?.handle(handle).serve(service).await,
-            (None, None) => Ok(()),
+        match tls {
+            None => axum_server::from_tcp(listener)?.handle(handle).serve(service).await,
+            Some(tls) => axum_server::from_tcp_rustls(listener, tls)?.handle(handle).serve(service).await,
         }
     })
+}
+
+/// TLS as its files are now.
+fn read_tls(files: &TlsFiles) -> Result<Arc<tls::ServerConfig>, TlsError> {
+    let identity = tls::Identity::read(&files.cert, &files.key)?;
+    tls::server_config(&identity, MinVersion::Tls13, files.client_ca.as_deref()).map(Arc::new)
+}
+
+/// Reads the certificates again at SIGHUP, and when one of their files changes. It does not end.
+async fn follow_files(app: &App, mut watcher: Watcher, tls: Option<RustlsConfig>) {
+    loop {
+        let why = watcher.changed().await;
+        let (Some(files), Some(tls)) = (&app.config.tls, &tls) else {
+            info!(why, "a node without TLS has nothing to read again; all else changes with the next start");
+            continue;
+        };
+        let outcome = match read_tls(files) {
+            Ok(config) => {
+                tls.reload_from_config(config);
+                info!(why, "new connections are served with the certificates as they are now");
+                "applied"
+            }
+            Err(error) => {
+                warn!(why, %error, "the certificates are refused, and those before stay in force");
+                "refused"
+            }
+        };
+        app.metrics.reloads.with_label_values(&[outcome]).inc();
+    }
 }
 
 /// Announces the node, and again whenever the set of its models is another. It does not end.

@@ -121,6 +121,8 @@ pub(crate) enum Signal {
     /// A request lost the node. It `counts` like a failed probe when the node could not be reached or fell silent; otherwise it only
     /// makes the next probe come soon.
     Lost { id: NodeId, incarnation: Incarnation, counts: bool },
+    /// A reload has changed what decides about members.
+    Rules(Rules),
 }
 
 /// Most signals that wait for the writer; passive ones beyond it are dropped, since the next failure says the same.

@@ -167,6 +167,7 @@ impl Roster {
                 }
                 effects.push(Effect::Pace { id, soon: true });
             }
+            Signal::Rules(rules) => self.rules = rules,
             _ => {}
         }
         effects

@@ -1,6 +1,9 @@
 //! The raw layer: one TOML table from three sources, later ones over earlier: file, environment, flags.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use toml::{Table, Value};
 
@@ -96,6 +99,13 @@ impl Raw {
         true
     }
 
+    /// Paths of all values that are others here than there; a list is one value.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        differences(&self.table, &other.table, "", &mut found);
+        found
+    }
+
     /// Makes a checked value; all faults of the whole run come back together.
     ///
     /// # Errors
@@ -131,6 +141,22 @@ impl Raw {
     }
 }
 
+fn differences(a: &Table, b: &Table, prefix: &str, found: &mut Vec<String>) {
+    let empty = Table::new();
+    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    for key in keys {
+        let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match (a.get(key), b.get(key)) {
+            (Some(Value::Table(a)), Some(Value::Table(b))) => differences(a, b, &path, found),
+            (Some(Value::Table(only)), None) | (None, Some(Value::Table(only))) => {
+                differences(only, &empty, &path, found);
+            }
+            (a, b) if a != b => found.push(path),
+            _ => {}
+        }
+    }
+}
+
 /// What a person means by text without quotes: a number, truth value or list when it reads as one, else the text itself.
 fn parse(text: &str) -> Value {
     match format!("v = {text}").parse::<Table>() {
@@ -157,6 +183,16 @@ mod tests {
         let env = file.with_env([("TIDEGATE__BALANCER__PORT".into(), "3".into()), ("HOME".into(), "x".into())]);
         assert_eq!(port(&env).unwrap(), 3);
         assert_eq!(port(&env.with_flag("balancer.port", "--port", Some("4".into()))).unwrap(), 4);
+    }
+
+    #[test]
+    fn a_difference_is_named_by_its_path_whichever_side_lacks_it() {
+        let read = |text: &str| Raw::from_toml(text, "f").unwrap();
+        let a = read("[balancer]\nport = 1\nallow = [\"::1\"]\n[balancer.tls]\ncert = \"c\"\n[log]\nlevel = \"info\"");
+        let b = read("[balancer]\nport = 1\nallow = [\"::2\"]\n[log]\nlevel = \"warn\"\n[node]\n");
+        assert_eq!(a.differences(&b), ["balancer.allow", "balancer.tls.cert", "log.level"]);
+        assert_eq!(b.differences(&a), a.differences(&b));
+        assert!(a.differences(&a).is_empty());
     }
 
     #[test]

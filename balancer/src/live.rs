@@ -1,0 +1,114 @@
+//! What a reload may change, as one value behind one pointer: a connection takes it when it comes, a request once its head is read, a
+//! probe each time. Whoever has begun with one goes on with it to its end.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use pingora::{
+    connectors::{ConnectorOptions, http::Connector},
+    listeners::tls::Acceptor,
+};
+use tidegate_common::{config::Problems, tls::TlsError};
+use tokio::{sync::mpsc, time::Instant};
+use tracing::{info, warn};
+
+use crate::{
+    config::{BalancerConfig, UpstreamTls},
+    metrics::Metrics,
+    pool::{PoolView, Signal},
+    relay::{Budget, Relay},
+};
+
+/// Idle connections kept to nodes, for each worker thread.
+const IDLE_UPSTREAMS_PER_THREAD: usize = 256;
+/// Readings that wait for their turn.
+const READINGS_MAX: usize = 4;
+
+/// The configuration in force, and what is made of its files.
+pub(crate) struct Live {
+    pub(crate) config: BalancerConfig,
+    pub(crate) acceptor: Option<Acceptor>,
+    pub(crate) relay: Relay,
+}
+
+/// Where it is found.
+pub(crate) type Current = Arc<ArcSwap<Live>>;
+
+impl Live {
+    /// Makes what the configuration asks for; connections to nodes are begun anew, since their certificates may be others.
+    ///
+    /// # Errors
+    /// When a file that was good when the configuration was read is not any more.
+    pub(crate) fn new(config: BalancerConfig, pool: &Arc<PoolView>) -> Result<Self, TlsError> {
+        let relay = Relay {
+            connector: Arc::new(connector(&config)?),
+            budget: Budget::new(config.relay.moves_per_second, config.relay.moves_burst, Instant::now()),
+            rules: config.relay.clone(),
+            pool: Arc::clone(pool),
+        };
+        let acceptor = config.tls.clone().map(Acceptor::from_server_config);
+        Ok(Self { config, acceptor, relay })
+    }
+}
+
+fn connector(config: &BalancerConfig) -> Result<Connector, TlsError> {
+    let mut options = ConnectorOptions::new(IDLE_UPSTREAMS_PER_THREAD * config.threads);
+    // without a CA of our own nobody is trusted, rather than whoever the system trusts
+    options.ca_file = Some("/dev/null".into());
+    if let Some(upstream @ UpstreamTls { ca, identity }) = &config.upstream_tls {
+        // Pingora panics on files it cannot read, so they are read once more just before
+        upstream.check()?;
+        options.ca_file = Some(ca.display().to_string());
+        options.cert_key_file =
+            identity.as_ref().map(|(cert, key)| (cert.display().to_string(), key.display().to_string()));
+    }
+    Ok(Connector::new(Some(options)))
+}
+
+/// Hands new readings of the configuration to a running balancer.
+#[derive(Debug, Clone)]
+pub struct Reloads(mpsc::Sender<Reading>);
+
+/// A reading: checked, or what is wrong with it.
+pub(crate) type Reading = Result<BalancerConfig, Problems>;
+
+impl Reloads {
+    /// A road for readings, and its end.
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Reading>) {
+        let (sender, readings) = mpsc::channel(READINGS_MAX);
+        (Self(sender), readings)
+    }
+
+    /// Puts a good reading in force; a bad one is logged and counted, and what was in force stays.
+    pub async fn give(&self, reading: Result<BalancerConfig, Problems>) {
+        // an error means that the balancer has ended
+        let _ = self.0.send(reading).await;
+    }
+}
+
+/// Puts readings in force, until nobody gives any.
+pub(crate) async fn follow(
+    mut readings: mpsc::Receiver<Reading>,
+    live: Current,
+    pool: Arc<PoolView>,
+    metrics: Arc<Metrics>,
+) {
+    while let Some(reading) = readings.recv().await {
+        let next = reading.map_err(|problems| problems.to_string());
+        let outcome = match next.and_then(|config| Live::new(config, &pool).map_err(|e| e.to_string())) {
+            Ok(next) => {
+                let rules = next.config.health.rules;
+                live.store(Arc::new(next));
+                // an error means that the pool's writer has ended, and with it the balancer
+                let _ = pool.signals().send(Signal::Rules(rules)).await;
+                info!("the configuration is in force as it stands now");
+                "applied"
+            }
+            Err(reason) => {
+                warn!(reason, "the configuration is refused, and the one before stays in force");
+                "refused"
+            }
+        };
+        metrics.reloads.with_label_values(&[outcome]).inc();
+    }
+}
