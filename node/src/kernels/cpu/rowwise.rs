@@ -61,16 +61,18 @@ pub(crate) fn exp(x: f32) -> f32 {
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = x.clamp(-87.0, 88.0);
-    // adding and subtracting 1.5 * 2^23 rounds to the nearest whole number
+    // adding and subtracting 1.5 * 2^23 rounds to the nearest whole number, which stands in the lowest bits in between
     let magic = 12_582_912.0f32;
-    let n = x * LOG2_E + magic - magic;
+    let shifted = x * LOG2_E + magic;
+    let exponent = shifted.to_bits().wrapping_sub(magic.to_bits());
+    let n = shifted - magic;
     let r = x - n * LN2_HIGH - n * LN2_LOW;
     let mut p = 1.987_569_2e-4f32;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = p * r + c;
     }
     let e = p * r * r + r + 1.0;
-    e * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    e * f32::from_bits(exponent.wrapping_add(127) << 23)
 }
 
 for_each_isa! {
