@@ -34,6 +34,15 @@ unsafe fn four(q: *const i8) -> __m512i {
     _mm512_set1_epi32(unsafe { q.cast::<i32>().read_unaligned() })
 }
 
+/// Fetches the tile that comes [`PREFETCH`] bytes after this one.
+#[inline(always)]
+pub(super) fn fetch_ahead<L: Layout>(tile: *const u8) {
+    for line in 0..L::BYTES.div_ceil(VECTOR) {
+        // SAFETY: fetching reads nothing, wherever it points
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(PREFETCH + line * VECTOR).cast()) };
+    }
+}
+
 /// The values of a tile as unsigned bytes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -114,9 +123,7 @@ unsafe fn pass<L: Layout, const R: usize>(tiles: &[u8], x: Group, out: Target) -
     let mut sums = [_mm512_setzero_ps(); R];
     for (b, tile) in tiles.chunks_exact(L::BYTES).enumerate() {
         let (tile, at) = (tile.as_ptr(), b * x.stride);
-        for line in 0..L::BYTES.div_ceil(VECTOR) {
-            _mm_prefetch::<_MM_HINT_T0>(tile.wrapping_add(PREFETCH + line * VECTOR).cast());
-        }
+        fetch_ahead::<L>(tile);
         // SAFETY: a tile of this layout has its halves and values there, `x` has R rows of as many blocks as there are tiles
         unsafe {
             let values = unpack::<L>(tile.wrapping_add(L::VALUES_AT));

@@ -18,7 +18,7 @@ use std::{cell::RefCell, ops::Range};
 
 use self::{
     floats::FloatTiles,
-    quantized::{GROUP_ROWS, QuantizedRows},
+    quantized::{GROUP_ROWS, Places, QuantizedRows},
     tiles::{TILE_ROWS, Tiles},
 };
 use super::{Rows, Shared, isa::Isa, memory::Arena, pool::Pool, rowwise};
@@ -35,6 +35,10 @@ const STORED_ROWS_A_TURN: usize = 16;
 
 /// Rows of activations that a thread prepares at a time.
 const STAGED_ROWS_A_TURN: usize = 4;
+
+/// Rows that a thread takes through a whole matrix where there are so many for each: it finds what it has written in its own cache when
+/// the next operation reads it.
+const PANEL_ROWS: usize = 4 * GROUP_ROWS;
 
 /// Weights of one or more matrices whose outputs stand side by side, and a bias, `[N]` or empty.
 #[derive(Debug)]
@@ -95,6 +99,14 @@ pub(super) struct Cores {
     floats: Rows,
 }
 
+/// Rows of activations in the forms that parts of a matrix want, to be written and then read by several threads.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    quantized: Option<Places<'a>>,
+    floats: Option<Shared>,
+    width: usize,
+}
+
 thread_local! {
     /// One row of weights or activations.
     static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
@@ -123,12 +135,88 @@ impl Part {
             Self::Stored(weight) => weight.dequantize_row(row, out),
         }
     }
+
+    /// In how many strips of columns its outputs can be computed, and how many of them a thread takes at a time.
+    fn strips(&self) -> (usize, usize) {
+        let a_turn = |row_bytes: usize| (TURN_BYTES / row_bytes).max(1);
+        match self {
+            Self::Tiles(tiles) => (tiles.tile_rows(), a_turn(tiles.row_bytes())),
+            Self::Floats(tiles) => (tiles.rows().div_ceil(TILE_ROWS), a_turn(tiles.row_bytes())),
+            Self::Stored(weight) => (weight.rows(), STORED_ROWS_A_TURN),
+        }
+    }
+
+    /// Some strips of the outputs of some rows, which begin a group.
+    ///
+    /// # Safety
+    /// The rows of `x` are there, `out` begins with the part's columns of row 0, and nobody else touches these strips of these rows now.
+    unsafe fn multiply(&self, isa: Isa, strips: Range<usize>, rows: Range<usize>, x: Inputs, out: Target) {
+        // SAFETY: the caller's promises
+        unsafe {
+            match self {
+                Self::Tiles(tiles) => multiply_tiles(isa, tiles, strips, rows, x.quantized(), out),
+                Self::Floats(tiles) => {
+                    let (x, out) = (x.floats(rows.clone()), out.from(rows.start));
+                    strips.for_each(|i| tiles.multiply(isa, i, x, out.columns(i, tiles.rows())));
+                }
+                Self::Stored(weight) => {
+                    multiply_stored(isa, weight, strips, x.floats(rows.clone()), out.from(rows.start))
+                }
+            }
+        }
+    }
+}
+
+impl<'a> Inputs<'a> {
+    fn quantized(self) -> Places<'a> {
+        self.quantized.expect("rows are quantized for tiles")
+    }
+
+    /// # Safety
+    /// These rows have been prepared, and nobody writes them now.
+    unsafe fn floats(self, rows: Range<usize>) -> &'a [f32] {
+        let floats = self.floats.expect("rows are kept as floats for what is no tile of integers");
+        // SAFETY: the caller's promise
+        unsafe { std::slice::from_raw_parts(floats.0.add(rows.start * self.width), rows.len() * self.width) }
+    }
+
+    /// Prepares `rows` of `x`.
+    ///
+    /// # Safety
+    /// No other thread has these rows now.
+    unsafe fn stage(self, isa: Isa, x: Source, rows: Range<usize>) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            scratch.resize(self.width, 0.0);
+            for i in rows {
+                let row = x.row(isa, i, scratch);
+                // SAFETY: the caller's promise
+                unsafe {
+                    if let Some(places) = self.quantized {
+                        places.fill(isa, i, row);
+                    }
+                    if let Some(floats) = self.floats {
+                        floats.slice(i * self.width, self.width).copy_from_slice(row);
+                    }
+                }
+            }
+        });
+    }
 }
 
 impl Matrix {
     /// One row of the first part as f32, `out[K]`.
     pub(super) fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         self.parts[0].dequantize_row(row, out);
+    }
+
+    /// Each part with its columns of `out`.
+    fn parts_of(&self, out: Target) -> impl Iterator<Item = (&Part, Target)> {
+        let mut column = 0;
+        self.parts.iter().map(move |part| {
+            let at = out.at.wrapping_add(column);
+            column += part.rows();
+            (part, Target { at, ..out })
+        })
     }
 }
 
@@ -242,104 +330,85 @@ impl Cores {
     /// `out = x @ W^T`, written over or added to what is there.
     fn product(&mut self, x: Source, w: &Matrix, out: &mut [f32], add: bool) {
         assert!(x.width() == w.cols && out.len() == x.count() * w.rows, "activations and outputs fit the weights");
-        self.stage(x, w);
-        let mut column = 0;
-        for part in &w.parts {
-            // SAFETY: the part's columns lie within each row of the outputs
-            let target = Target { at: unsafe { out.as_mut_ptr().add(column) }, stride: w.rows, lanes: 0, add };
-            match part {
-                Part::Tiles(tiles) => self.multiply_tiles(tiles, target),
-                Part::Floats(tiles) => self.multiply_floats(tiles, target),
-                Part::Stored(weight) => self.multiply_stored(weight, target),
-            }
-            column += part.rows();
+        let (isa, count, out) = (self.isa, x.count(), Target { at: out.as_mut_ptr(), stride: w.rows, lanes: 0, add });
+        let inputs = inputs(&mut self.quantized, &mut self.floats, w, count);
+        if count >= PANEL_ROWS * self.threads {
+            return self.pool.for_each(count.div_ceil(PANEL_ROWS), 1, |panels| {
+                let rows = panels.start * PANEL_ROWS..count.min(panels.end * PANEL_ROWS);
+                // SAFETY: these rows belong to this range alone
+                unsafe { multiply_rows(isa, x, w, rows, inputs, out) };
+            });
         }
-    }
-
-    /// Prepares the rows in each form that a part of the matrix wants.
-    fn stage(&mut self, x: Source, w: &Matrix) {
-        let has_tiles = w.parts.iter().any(|p| matches!(p, Part::Tiles(_)));
-        let has_others = w.parts.iter().any(|p| !matches!(p, Part::Tiles(_)));
-        let (isa, width) = (self.isa, x.width());
-        self.quantized.resize(if has_tiles { x.count() } else { 0 }, width);
-        self.floats.resize(if has_others { x.count() } else { 0 }, width);
-        let (places, floats) = (self.quantized.places(), Shared(self.floats.values.as_mut_ptr()));
-        self.pool.for_each(x.count(), STAGED_ROWS_A_TURN, |range| {
-            let floats = &floats;
-            SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(width, 0.0);
-                for i in range {
-                    let row = x.row(isa, i, scratch);
-                    if has_tiles {
-                        // SAFETY: row `i` belongs to this range alone
-                        unsafe { places.fill(isa, i, row) };
-                    }
-                    if has_others {
-                        // SAFETY: as above
-                        unsafe { floats.slice(i * width, width) }.copy_from_slice(row);
-                    }
-                }
-            });
-        });
-    }
-
-    fn multiply_tiles(&mut self, tiles: &Tiles, out: Target) {
-        let (isa, x) = (self.isa, &self.quantized);
-        let turn = (TURN_BYTES / tiles.row_bytes()).max(1);
-        self.pool.for_each(tiles.tile_rows(), turn, |range| {
-            // SAFETY: these columns belong to this range alone
-            unsafe { multiply_range(isa, tiles, range, x, out) };
-        });
-    }
-
-    fn multiply_floats(&mut self, tiles: &FloatTiles, out: Target) {
-        let (isa, x) = (self.isa, &self.floats.values);
-        let turn = (TURN_BYTES / tiles.row_bytes()).max(1);
-        self.pool.for_each(tiles.rows().div_ceil(TILE_ROWS), turn, |range| {
-            for tile_row in range {
-                // SAFETY: these columns belong to this range alone
-                unsafe { tiles.multiply(isa, tile_row, x, out.columns(tile_row, tiles.rows())) };
-            }
-        });
-    }
-
-    fn multiply_stored(&mut self, weight: &Weight, out: Target) {
-        let (isa, x) = (self.isa, &self.floats);
-        self.pool.for_each(weight.rows(), STORED_ROWS_A_TURN, |range| {
-            SCRATCH.with_borrow_mut(|scratch| {
-                scratch.resize(weight.cols(), 0.0);
-                for n in range {
-                    weight.dequantize_row(n, scratch);
-                    for row in 0..x.count() {
-                        let product = rowwise::dot(isa, x.row(row), scratch);
-                        // SAFETY: column `n` belongs to this range alone
-                        let at = unsafe { &mut *out.row(row).wrapping_add(n) };
-                        *at = if out.add { *at + product } else { product };
-                    }
-                }
-            });
-        });
+        // SAFETY: these rows belong to this range alone
+        self.pool.for_each(count, STAGED_ROWS_A_TURN, |rows| unsafe { inputs.stage(isa, x, rows) });
+        for (part, out) in w.parts_of(out) {
+            let (strips, a_turn) = part.strips();
+            // SAFETY: these strips belong to this range alone, and all rows have been prepared
+            self.pool.for_each(strips, a_turn, |strips| unsafe { part.multiply(isa, strips, 0..count, inputs, out) });
+        }
     }
 }
 
-/// Rows of tiles `range` times all rows of `x`.
+/// Room for `count` rows in each form that a part of the matrix wants.
+fn inputs<'a>(quantized: &'a mut QuantizedRows, floats: &'a mut Rows, w: &Matrix, count: usize) -> Inputs<'a> {
+    let has_tiles = w.parts.iter().any(|p| matches!(p, Part::Tiles(_)));
+    let has_others = w.parts.iter().any(|p| !matches!(p, Part::Tiles(_)));
+    quantized.resize(if has_tiles { count } else { 0 }, w.cols);
+    floats.resize(if has_others { count } else { 0 }, w.cols);
+    Inputs {
+        quantized: has_tiles.then(|| quantized.places()),
+        floats: has_others.then(|| Shared(floats.values.as_mut_ptr())),
+        width: w.cols,
+    }
+}
+
+/// Some rows through the whole matrix.
 ///
 /// # Safety
-/// Nobody else touches these columns of the outputs now.
-unsafe fn multiply_range(isa: Isa, tiles: &Tiles, range: Range<usize>, x: &QuantizedRows, out: Target) {
+/// Nobody else touches these rows now.
+unsafe fn multiply_rows(isa: Isa, x: Source, w: &Matrix, rows: Range<usize>, inputs: Inputs, out: Target) {
+    // SAFETY: the caller's promise
+    unsafe { inputs.stage(isa, x, rows.clone()) };
+    for (part, out) in w.parts_of(out) {
+        // SAFETY: as above, and the rows have been prepared
+        unsafe { part.multiply(isa, 0..part.strips().0, rows.clone(), inputs, out) };
+    }
+}
+
+/// # Safety
+/// As [`Part::multiply`] says.
+unsafe fn multiply_stored(isa: Isa, weight: &Weight, columns: Range<usize>, x: &[f32], out: Target) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.resize(weight.cols(), 0.0);
+        for n in columns {
+            weight.dequantize_row(n, scratch);
+            for (row, x) in x.chunks_exact(weight.cols()).enumerate() {
+                let product = rowwise::dot(isa, x, scratch);
+                // SAFETY: the caller's promise
+                let at = unsafe { &mut *out.row(row).wrapping_add(n) };
+                *at = if out.add { *at + product } else { product };
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As [`Part::multiply`] says.
+unsafe fn multiply_tiles(isa: Isa, tiles: &Tiles, strips: Range<usize>, rows: Range<usize>, x: Places, out: Target) {
+    let groups = rows.start / GROUP_ROWS..rows.end.div_ceil(GROUP_ROWS);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx && x.groups() > 0 && x.group(0).rows == GROUP_ROWS {
+    if isa == Isa::Amx && rows.len() >= amx::ROWS_MIN {
         // tiles are unpacked to memory first, once for all rows
-        for tile_row in range {
+        for strip in strips {
             // SAFETY: the caller's promise; this value of `Isa` exists only where the instructions do
-            unsafe { amx::multiply(tiles, tile_row, x, out.columns(tile_row, tiles.rows())) };
+            unsafe { amx::multiply(tiles, strip, groups.clone(), x, out.columns(strip, tiles.rows())) };
         }
         return;
     }
-    for group in 0..x.groups() {
-        for tile_row in range.clone() {
-            let out = out.columns(tile_row, tiles.rows()).from(group * GROUP_ROWS);
-            let (format, tile, x) = (tiles.format, tiles.tile_row(tile_row), x.group(group));
+    for group in groups {
+        for strip in strips.clone() {
+            let out = out.columns(strip, tiles.rows()).from(group * GROUP_ROWS);
+            let (format, tile, x) = (tiles.format, tiles.tile_row(strip), x.group(group));
             // SAFETY: as above
             unsafe {
                 match isa {

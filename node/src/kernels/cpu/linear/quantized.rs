@@ -46,38 +46,20 @@ pub(super) struct Group<'a> {
 }
 
 impl QuantizedRows {
+    /// Makes room for `rows` rows; what stands there is to be written before it is read.
     pub(super) fn resize(&mut self, rows: usize, cols: usize) {
         (self.rows, self.blocks) = (rows, cols / TILE_COLS);
         let count = rows * self.blocks;
-        self.q.resize(count, [0; TILE_COLS]);
-        self.scales.resize(count, 0.0);
-        self.sums.resize(count, 0.0);
-        self.less.resize(count, 0);
-        self.less_halves.resize(count, [0; 2]);
-    }
-
-    /// Number of groups.
-    pub(super) fn groups(&self) -> usize {
-        self.rows.div_ceil(GROUP_ROWS)
-    }
-
-    /// The rows of group `i`.
-    pub(super) fn group(&self, i: usize) -> Group<'_> {
-        let first = i * GROUP_ROWS;
-        let (rows, at) = (GROUP_ROWS.min(self.rows - first), first * self.blocks);
-        Group {
-            rows,
-            stride: rows,
-            q: self.q[at..].as_ptr(),
-            scales: self.scales[at..].as_ptr(),
-            sums: self.sums[at..].as_ptr(),
-            less: self.less[at..].as_ptr(),
-            less_halves: self.less_halves[at..].as_ptr(),
-            from: PhantomData,
+        if count > self.q.len() {
+            self.q.resize(count, [0; TILE_COLS]);
+            self.scales.resize(count, 0.0);
+            self.sums.resize(count, 0.0);
+            self.less.resize(count, 0);
+            self.less_halves.resize(count, [0; 2]);
         }
     }
 
-    /// All rows, to be written by several threads.
+    /// All rows, to be written and then read by several threads.
     pub(super) fn places(&mut self) -> Places<'_> {
         Places {
             rows: self.rows,
@@ -108,7 +90,7 @@ impl Group<'_> {
     }
 }
 
-/// The rows of [`QuantizedRows`], to be written by several threads.
+/// The rows of [`QuantizedRows`], to be written and then read by several threads.
 #[derive(Clone, Copy)]
 pub(super) struct Places<'a> {
     rows: usize,
@@ -126,7 +108,24 @@ unsafe impl Send for Places<'_> {}
 // SAFETY: as above
 unsafe impl Sync for Places<'_> {}
 
-impl Places<'_> {
+impl<'a> Places<'a> {
+    /// The rows of group `i`; whoever reads them knows that nobody writes them now.
+    pub(super) fn group(&self, i: usize) -> Group<'a> {
+        let first = i * GROUP_ROWS;
+        assert!(first < self.rows, "the group is there");
+        let (rows, at) = (GROUP_ROWS.min(self.rows - first), first * self.blocks);
+        Group {
+            rows,
+            stride: rows,
+            q: self.q.wrapping_add(at),
+            scales: self.scales.wrapping_add(at),
+            sums: self.sums.wrapping_add(at),
+            less: self.less.wrapping_add(at),
+            less_halves: self.less_halves.wrapping_add(at),
+            from: PhantomData,
+        }
+    }
+
     /// Quantizes a row, `x[K]`, into place `row`.
     ///
     /// # Safety

@@ -81,7 +81,8 @@ proptest! {
 
     #[test]
     fn products_are_close_to_dense_ones_and_equal_to_the_bit_everywhere(
-        which in 0..TYPES.len(), outputs in 1usize..70, blocks in 1usize..8, count in 1usize..40, threads in 1usize..4,
+        which in 0..TYPES.len(), outputs in 1usize..70, blocks in 1usize..8,
+        count in prop_oneof![1usize..40, 40usize..200], threads in 1usize..4,
         has_bias: bool, seed: u64,
     ) {
         let dtype = TYPES[which];
