@@ -34,8 +34,8 @@ test: setup-test model ## run every test; the first time, fetch what they need
 	cargo test --locked --workspace --doc
 	cargo nextest run --locked --workspace
 
-test-faults: setup-test model ## lose nodes, wires and etcd under load, over and over, and compare every answer
-	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --profile faults -E 'binary(cluster) & test(/^faults::/)'
+test-faults: setup-test model ## lose nodes, wires, etcd and a host under load, over and over, and compare every answer
+	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --profile faults -E 'binary(cluster) & test(/^(faults|hosts)::/)'
 
 bench: setup ## measure the engine alone
 	cargo bench --locked --workspace

@@ -15,6 +15,7 @@ mod mtls;
 mod reload;
 mod failover;
 mod faults;
+mod hosts;
 mod batching;
 mod fair;
 mod models;

@@ -5,9 +5,9 @@
 //!
 //! `make test` runs the short form. `make test-faults` sets `TIDEGATE_TEST_FAULTS=full`: more and longer of everything, as issue 5 asks.
 
-mod requests;
-mod work;
-mod report;
+pub(crate) mod requests;
+pub(crate) mod work;
+pub(crate) mod report;
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
@@ -107,7 +107,8 @@ impl Trial {
         let balancer = format!("[balancer.relay]\nstall_timeout = \"{}ms\"", sizes.stall_timeout.as_millis());
         let cluster =
             Cluster::start(Plan { balancer: &balancer, ..Plan::new(Registry::Members(members), &nodes) }).await;
-        let edge = Edge { url: cluster.edge(), logs: vec![cluster.folder().join("balancer.log")] };
+        let edge =
+            Edge { url: cluster.edge(), client: Client::new(), logs: vec![cluster.folder().join("balancer.log")] };
         let (expected, quiet) = Expected::ask(&edge, requests::all(sizes.long), sizes.clients).await;
         let mut report = Report::default();
         report.note("nothing: the answers to compare with", quiet);

@@ -39,10 +39,11 @@ pub(crate) struct Taken {
     pub(crate) moved: bool,
 }
 
-/// Where to ask, and the balancers' logs, which tell what was moved.
+/// Where and how to ask, and the balancers' logs, which tell what was moved.
 #[derive(Clone)]
 pub(crate) struct Edge {
     pub(crate) url: String,
+    pub(crate) client: Client,
     pub(crate) logs: Vec<PathBuf>,
 }
 
@@ -56,11 +57,7 @@ pub(crate) struct Work {
 impl Expected {
     /// Asks everything once, in company.
     pub(crate) async fn ask(edge: &Edge, requests: Vec<Request>, workers: usize) -> (Self, Vec<Taken>) {
-        let client = Client::new();
-        let ask = |request: Request| {
-            let (client, edge) = (client.clone(), edge.clone());
-            async move { (ask(&client, &edge, &request).await, request) }
-        };
+        let ask = |request: Request| async move { (ask(edge, &request).await, request) };
         let mut answers: Vec<_> = stream::iter(requests).map(ask).buffer_unordered(workers).collect().await;
         answers.sort_by(|(_, a), (_, b)| a.id.cmp(&b.id));
         let (mut all, mut taken) = (Vec::new(), Vec::new());
@@ -71,6 +68,11 @@ impl Expected {
             taken.push(Taken { verdict: Verdict::Same, pause, moved: false });
         }
         (Self(all), taken)
+    }
+
+    /// The streams among them.
+    pub(crate) fn streams(&self) -> impl Iterator<Item = &(Request, String)> {
+        self.0.iter().filter(|(request, _)| request.is_stream())
     }
 
     /// The parts of the load for so many clients: no request is in two of them, so that its log lines are one answer's.
@@ -108,13 +110,13 @@ async fn work(
     stop: Arc<AtomicBool>,
     answers: Arc<AtomicUsize>,
 ) -> Vec<Taken> {
-    let (client, mut all) = (Client::new(), Vec::new());
+    let mut all = Vec::new();
     let mut losses: BTreeMap<&str, usize> = part.iter().map(|(r, _)| (r.id.as_str(), edge.losses(&r.id))).collect();
     for (request, expected) in part.iter().cycle() {
         if stop.load(Relaxed) {
             break;
         }
-        let heard = ask(&client, &edge, request).await;
+        let heard = ask(&edge, request).await;
         let lost = edge.losses(&request.id);
         let moved = losses.insert(&request.id, lost) != Some(lost);
         all.push(Taken { verdict: verdict(expected, &heard), pause: heard.pause, moved });
@@ -123,8 +125,9 @@ async fn work(
     all
 }
 
-async fn ask(client: &Client, edge: &Edge, request: &Request) -> Heard {
-    let mut heard = client.hear(&format!("{}{}", edge.url, request.path), &request.id, &request.body).await;
+/// One request; of what is no stream, pauses say nothing.
+pub(crate) async fn ask(edge: &Edge, request: &Request) -> Heard {
+    let mut heard = edge.client.hear(&format!("{}{}", edge.url, request.path), &request.id, &request.body).await;
     heard.pause = heard.pause.filter(|_| request.is_stream());
     heard
 }
@@ -139,7 +142,8 @@ impl Edge {
     }
 }
 
-fn verdict(expected: &str, heard: &Heard) -> Verdict {
+/// How an answer compares with the one that was expected.
+pub(crate) fn verdict(expected: &str, heard: &Heard) -> Verdict {
     let text = normal(&heard.text);
     match &heard.fault {
         Some(fault) => Verdict::Failed(fault.clone()),
