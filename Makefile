@@ -3,13 +3,13 @@
 # More for `tidegate up` or `bench-cpu`, such as: make up ARGS="--nodes 3", make bench-cpu ARGS="--only engine"
 ARGS ?=
 
-# How often `make bench-cpu` alternates ours and theirs.
+# How often `make bench-cpu` alternates ours and theirs, and `make bench-relay` its settings.
 ROUNDS ?= 5
 
 # How long `make fuzz` gives to each target.
 SECONDS_EACH ?= 60
 
-.PHONY: help up setup setup-test build model test test-faults bench bench-cpu fuzz lint fmt doc deny ci
+.PHONY: help up setup setup-test build model test test-faults bench bench-cpu bench-relay fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -35,13 +35,16 @@ test: setup-test model ## run every test; the first time, fetch what they need
 	cargo nextest run --locked --workspace
 
 test-faults: setup-test model ## lose nodes, wires, etcd and a host under load, over and over, and compare every answer
-	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --profile faults -E 'binary(cluster) & test(/^(faults|hosts)::/)'
+	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --test cluster --profile faults -E 'test(/^(faults|hosts)::/)'
 
 bench: setup ## measure the engine alone
 	cargo bench --locked --workspace
 
 bench-cpu: setup build ## measure beside llama.cpp on this machine's CPU, ROUNDS=5; the first time it fetches and builds llama.cpp
 	@python3 benches/compare/cpu.py --rounds $(ROUNDS) $(ARGS)
+
+bench-relay: setup build ## measure what it costs the balancer that streams can go on elsewhere, ROUNDS=5 of two times two minutes
+	@python3 benches/compare/relay.py --rounds $(ROUNDS) $(ARGS)
 
 fuzz: setup ## give random input to every parser, SECONDS_EACH=60 each; stops at the first finding
 	@cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is missing: cargo install cargo-fuzz --locked"; exit 69; }

@@ -1,4 +1,5 @@
-//! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded.
+//! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded: four bytes for each token, and at
+//! most twice that while a list grows.
 
 use tidegate_common::contract::Resume;
 
@@ -20,6 +21,11 @@ pub(crate) struct Delivered {
 pub(crate) struct OutOfStep;
 
 impl Delivered {
+    /// Counts, and remembers nothing.
+    pub(crate) fn counting() -> Self {
+        Self { choices: Vec::new(), total: 0, overflowed: true }
+    }
+
     /// Nothing yet, of this many choices.
     pub(crate) fn new(choices: u32) -> Self {
         Self { choices: vec![Vec::new(); choices.min(CHOICES_MAX) as usize], total: 0, overflowed: false }
@@ -30,14 +36,14 @@ impl Delivered {
         if choice >= CHOICES_MAX {
             return Err(OutOfStep);
         }
-        let choice = choice as usize;
-        if choice >= self.choices.len() {
-            self.choices.resize_with(choice + 1, Vec::new);
-        }
         self.total += tokens.len();
         if self.overflowed || self.total > TOKENS_MAX {
             self.overflowed = true;
             return Ok(());
+        }
+        let choice = choice as usize;
+        if choice >= self.choices.len() {
+            self.choices.resize_with(choice + 1, Vec::new);
         }
         let had = &mut self.choices[choice];
         if had.len() != offset as usize {
@@ -77,6 +83,14 @@ mod tests {
         assert_eq!(delivered.add(0, 5, &[4]), Err(OutOfStep));
         assert_eq!(delivered.add(0, 1, &[4]), Err(OutOfStep));
         assert_eq!(delivered.add(CHOICES_MAX, 0, &[4]), Err(OutOfStep));
+    }
+
+    #[test]
+    fn who_will_not_go_on_elsewhere_keeps_no_tokens() {
+        let mut delivered = Delivered::counting();
+        delivered.add(0, 0, &[1, 2]).unwrap();
+        delivered.add(3, 0, &[1]).unwrap();
+        assert_eq!((delivered.total(), delivered.is_complete(), delivered.choices.len()), (3, false, 0));
     }
 
     #[test]

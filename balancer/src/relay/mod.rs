@@ -227,6 +227,9 @@ impl Relay {
         let deadline = record.ctx.started + self.rules.request_timeout;
         let mut client = Client::new(session, generation.stream, record.ctx.id.clone(), deadline);
         let mut journey = Journey::new(generation.choices);
+        if self.rules.resumes_max == 0 {
+            journey.delivered = Delivered::counting();
+        }
         loop {
             let target = match self.next(&mut client, record, generation, &mut journey).await {
                 Ok(target) => target,
