@@ -357,7 +357,7 @@ fn inputs<'a>(quantized: &'a mut QuantizedRows, floats: &'a mut Rows, w: &Matrix
     floats.resize(if has_others { count } else { 0 }, w.cols);
     Inputs {
         quantized: has_tiles.then(|| quantized.places()),
-        floats: has_others.then(|| Shared(floats.values.as_mut_ptr())),
+        floats: has_others.then_some(Shared(floats.values.as_mut_ptr())),
         width: w.cols,
     }
 }
