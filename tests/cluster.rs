@@ -14,6 +14,7 @@ mod allowlist;
 mod mtls;
 mod reload;
 mod failover;
+mod foreign;
 mod faults;
 mod hosts;
 mod batching;

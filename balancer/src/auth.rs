@@ -52,7 +52,7 @@ impl Keys {
             r.problem("keys_file", "is missing", "name a file of keys, or remove the section to ask for none");
         }
         let path = path?;
-        check_mode(r, &path);
+        check_mode(r, "keys_file", &path);
         match Raw::from_file(&path).and_then(|raw| raw.check(Self::read_file)) {
             Ok(keys) => Some(keys),
             Err(problems) => {
@@ -123,12 +123,13 @@ impl Key {
     }
 }
 
-fn check_mode(r: &Reader<'_>, path: &Path) {
+/// Notes at `key` when others than its owner can reach a file of secrets.
+pub(crate) fn check_mode(r: &Reader<'_>, key: &str, path: &Path) {
     let Ok(metadata) = std::fs::metadata(path) else { return };
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         let message = format!("{} has mode {mode:o}: others than its owner can reach it", path.display());
-        r.problem("keys_file", message, format!("chmod 600 {}", path.display()));
+        r.problem(key, message, format!("chmod 600 {}", path.display()));
     }
 }
 

@@ -11,7 +11,7 @@ use tidegate_common::{
     tls::{self, Identity, MinVersion},
 };
 
-use crate::{accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile};
+use crate::{accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile, upstreams::UpstreamConfig};
 
 /// Where the edge listens when nothing is said.
 const LISTEN: &str = "127.0.0.1:18789";
@@ -34,6 +34,7 @@ pub struct BalancerConfig {
     pub(crate) upstream_tls: Option<UpstreamTls>,
     pub(crate) members_file: MembersFile,
     files: Vec<PathBuf>,
+    pub(crate) upstreams: Vec<UpstreamConfig>,
 }
 
 /// `[balancer.limits]`: every bound of what a client may make the edge hold.
@@ -113,20 +114,23 @@ impl BalancerConfig {
         tls::install_provider();
         let r = root.section("balancer");
         let insecure = r.get_or("insecure", false);
+        let (tls, auth, upstream_tls) = (r.section("tls"), r.section("auth"), r.section("upstream_tls"));
+        let upstreams = UpstreamConfig::read_all(&r, insecure);
         let config = Self {
             listen: read_listen(&r),
             admin: read_admin(&r.section("admin"), insecure),
             threads: r.in_range("threads", 1..=1024, available_threads()),
             allowlist: Allowlist::read(&r),
             drain_grace: r.duration_or("drain_grace", Duration::from_secs(30)),
-            tls: read_tls(&r.section("tls")),
-            keys: Keys::read(&r.section("auth")).map(Arc::new),
+            tls: read_tls(&tls),
+            keys: Keys::read(&auth).map(Arc::new),
             limits: LimitsConfig::read(&r.section("limits")),
             health: HealthConfig::read(&r.section("health")),
             relay: RelayConfig::read(&r.section("relay")),
-            upstream_tls: UpstreamTls::read(&r.section("upstream_tls")),
+            upstream_tls: UpstreamTls::read(&upstream_tls),
             members_file: MembersFile::read(&r),
-            files: named_files(&r),
+            files: named_files(&tls, &auth, &upstream_tls, &upstreams),
+            upstreams,
         };
         if !insecure {
             config.demand_protection(&r);
@@ -179,14 +183,17 @@ impl fmt::Debug for BalancerConfig {
     }
 }
 
-fn named_files(r: &Reader<'_>) -> Vec<PathBuf> {
-    const FILES: [(&str, &[&str]); 3] =
-        [("tls", &["cert", "key"]), ("auth", &["keys_file"]), ("upstream_tls", &["ca", "cert", "key"])];
-    let in_section = |(section, keys): (&str, &[&str])| {
-        let section = r.section(section);
-        keys.iter().filter_map(|key| section.get(key)).collect::<Vec<PathBuf>>()
-    };
-    FILES.into_iter().flat_map(in_section).collect()
+/// The sections are those that were read: a reader of its own would not know their other keys.
+fn named_files(
+    tls: &Reader<'_>,
+    auth: &Reader<'_>,
+    upstream_tls: &Reader<'_>,
+    upstreams: &[UpstreamConfig],
+) -> Vec<PathBuf> {
+    let sections: [(&Reader<'_>, &[&str]); 3] =
+        [(tls, &["cert", "key"]), (auth, &["keys_file"]), (upstream_tls, &["ca", "cert", "key"])];
+    let named = sections.into_iter().flat_map(|(section, keys)| keys.iter().filter_map(|key| section.get(key)));
+    named.chain(upstreams.iter().flat_map(UpstreamConfig::files).cloned()).collect()
 }
 
 fn available_threads() -> usize {

@@ -12,7 +12,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep},
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     health::{Probe, Prober},
@@ -39,7 +39,8 @@ impl Discover {
         metrics: Arc<Metrics>,
         remembered: Remembered,
     ) -> Self {
-        Self { roster: Roster::new(rules), view, prober, probes: HashMap::new(), metrics, remembered }
+        let roster = Roster::new(rules, prober.upstreams());
+        Self { roster, view, prober, probes: HashMap::new(), metrics, remembered }
     }
 
     /// Runs until the process ends.
@@ -59,7 +60,13 @@ impl Discover {
                     }
                 },
                 signal = signals.recv() => match signal {
-                    Some(signal) => self.hear(signal),
+                    Some(signal) => {
+                        let is_reload = matches!(signal, Signal::Reloaded { .. });
+                        self.hear(signal);
+                        if is_reload {
+                            self.follow(&mut views);
+                        }
+                    }
                     None => return,
                 },
             }
@@ -67,7 +74,12 @@ impl Discover {
     }
 
     fn follow(&mut self, views: &mut watch::Receiver<View>) {
-        let view = self.remembered.complete(views.borrow_and_update().clone());
+        let mut view = self.remembered.complete(views.borrow_and_update().clone());
+        for record in self.prober.upstreams().records() {
+            if view.nodes.insert(record.id.clone(), record.clone()).is_some_and(|known| known != *record) {
+                warn!(id = %record.id, "a node has the id of one of balancer.upstreams, and is left out");
+            }
+        }
         let effects = self.roster.apply_view(&view, Moment::now());
         self.perform(effects);
     }

@@ -1,4 +1,5 @@
-//! Active probes: one task per member asks its `/health`, on a fresh connection each time, so that accepting is probed as well.
+//! Active probes: one task per member asks its `/health`, or what a foreign upstream has in its place, on a fresh connection each time, so
+//! that accepting is probed as well.
 //!
 //! A probe reports and decides nothing. Its pace is the interval with jitter, and a fifth of it while the next answer may decide
 //! whether the member takes requests.
@@ -13,9 +14,12 @@ use std::{
 };
 
 use bytes::BytesMut;
-use pingora::{http::RequestHeader, protocols::http::client::HttpSession, upstreams::peer::HttpPeer};
+use pingora::{connectors::http::Connector, http::RequestHeader, upstreams::peer::HttpPeer};
 use rand::RngExt;
-use tidegate_common::contract::{Health, NodeRecord, headers, paths};
+use tidegate_common::{
+    contract::{NodeRecord, headers, paths},
+    ids::NodeId,
+};
 use tokio::{
     sync::{Notify, mpsc},
     task::AbortHandle,
@@ -26,6 +30,7 @@ use crate::{
     config::RelayConfig,
     live::{Current, Live},
     pool::{Incarnation, Probed, Signal},
+    upstreams::{Foreign, Upstreams},
 };
 
 /// Largest `/health` body read.
@@ -78,15 +83,23 @@ impl Prober {
                 if signals.send(signal).await.is_err() {
                     return;
                 }
-                self.rest(began, &pace.0, &pace.1).await;
+                self.rest(&record.id, began, &pace.0, &pace.1).await;
             }
         });
         Probe { soon, changed, task: task.abort_handle() }
     }
 
-    async fn rest(&self, began: Instant, soon: &AtomicBool, changed: &Notify) {
-        let jitter = rand::rng().random_range(0.9..1.1);
-        let usual = self.live.load().config.health.interval.mul_f64(jitter);
+    /// The members that are none of ours, and are asked in their own way.
+    pub(crate) fn upstreams(&self) -> Arc<Upstreams> {
+        Arc::clone(&self.live.load().upstreams)
+    }
+
+    async fn rest(&self, id: &NodeId, began: Instant, soon: &AtomicBool, changed: &Notify) {
+        let interval = {
+            let live = self.live.load();
+            live.upstreams.get(id).map_or(live.config.health.interval, |foreign| foreign.health_interval())
+        };
+        let usual = interval.mul_f64(rand::rng().random_range(0.9..1.1));
         loop {
             let pause = if soon.load(Ordering::Relaxed) { usual / 5 } else { usual };
             tokio::select! {
@@ -98,28 +111,47 @@ impl Prober {
 
     async fn probe(&self, record: &NodeRecord) -> Probed {
         let live = self.live.load_full();
-        let bound = live.config.health.timeout;
-        match timeout(bound, ask(&live, record)).await {
-            Ok(Ok((peer, health))) => Probed::Answered { peer: Box::new(peer), health: Box::new(health) },
-            Ok(Err(reason)) => Probed::Failed(reason),
+        let foreign = live.upstreams.get(&record.id);
+        let bound = foreign.map_or(live.config.health.timeout, |foreign| foreign.health_timeout());
+        let asked = async {
+            match foreign {
+                None => ask(&live, record).await,
+                Some(foreign) => reach(&live, record, foreign).await,
+            }
+        };
+        match timeout(bound, asked).await {
+            Ok(outcome) => outcome.unwrap_or_else(Probed::Failed),
             Err(_) => Probed::Failed(format!("no answer within {bound:?}")),
         }
     }
 }
 
-async fn ask(live: &Live, record: &NodeRecord) -> Result<(HttpPeer, Health), String> {
+/// A node's own word.
+async fn ask(live: &Live, record: &NodeRecord) -> Result<Probed, String> {
     // without a CA a node that speaks TLS cannot be verified
     if record.tls && live.config.upstream_tls.is_none() {
         return Err("the node speaks TLS, and balancer.upstream_tls.ca is not set".into());
     }
-    let address = resolve(&record.address).await?;
-    let peer = peer(&live.config.relay, address, record);
-    let mut probed = peer.clone();
-    probed.group_key = PROBE_GROUP;
-    let (mut session, _) = live.relay.connector.get_http_session(&probed).await.map_err(|e| e.to_string())?;
-    let body = fetch(&mut session, &record.address).await.map_err(|e| e.to_string())?;
+    let peer = peer(&live.config.relay, resolve(&record.address).await?, record);
+    let mut request = head(paths::HEALTH, &record.address).map_err(|e| e.to_string())?;
+    request.insert_header(headers::REQUEST_ID, "probe").map_err(|e| e.to_string())?;
+    let (_, body) = fetch(&live.relay.connector, &peer, request).await.map_err(|e| e.to_string())?;
     let health = serde_json::from_slice(&body).map_err(|e| format!("{} answers with nonsense: {e}", paths::HEALTH))?;
-    Ok((peer, health))
+    Ok(Probed::Answered { peer: Box::new(peer), health: Box::new(health) })
+}
+
+/// Whether a foreign upstream answers, and takes our key. One that has had enough for now is well.
+async fn reach(live: &Live, record: &NodeRecord, foreign: &Foreign) -> Result<Probed, String> {
+    let peer = peer(&live.config.relay, resolve(&record.address).await?, record);
+    let path = foreign.health_path();
+    let mut request = head(&path, foreign.authority()).map_err(|e| e.to_string())?;
+    if let Some(authorization) = foreign.authorization() {
+        request.insert_header("authorization", authorization.clone()).map_err(|e| e.to_string())?;
+    }
+    match fetch(&foreign.connector, &peer, request).await.map_err(|e| e.to_string())? {
+        (200..300 | 429, _) => Ok(Probed::Reached { peer: Box::new(peer) }),
+        (status, _) => Err(format!("{path} answers with {status}")),
+    }
 }
 
 fn peer(relay: &RelayConfig, address: SocketAddr, record: &NodeRecord) -> HttpPeer {
@@ -140,15 +172,23 @@ async fn resolve(address: &str) -> Result<SocketAddr, String> {
     found.next().ok_or_else(|| format!("'{address}' has no address"))
 }
 
-async fn fetch(session: &mut HttpSession, authority: &str) -> pingora::Result<BytesMut> {
-    let mut request = RequestHeader::build("GET", paths::HEALTH.as_bytes(), Some(3))?;
+fn head(path: &str, authority: &str) -> pingora::Result<RequestHeader> {
+    let mut request = RequestHeader::build("GET", path.as_bytes(), Some(4))?;
     request.insert_header("host", authority)?;
     request.insert_header("connection", "close")?;
-    request.insert_header(headers::REQUEST_ID, "probe")?;
+    Ok(request)
+}
+
+/// Status and body, over a connection of its own.
+async fn fetch(connector: &Connector, peer: &HttpPeer, request: RequestHeader) -> pingora::Result<(u16, BytesMut)> {
+    let mut peer = peer.clone();
+    peer.group_key = PROBE_GROUP;
+    let (mut session, _) = connector.get_http_session(&peer).await?;
     session.set_read_timeout(Some(Duration::from_secs(60))); // the whole probe has its own, shorter bound
     session.write_request_header(Box::new(request)).await?;
     session.finish_request_body().await?;
     session.read_response_header().await?;
+    let status = session.response_header().map_or(0, |head| head.status.as_u16());
     let mut body = BytesMut::new();
     while let Some(part) = session.read_response_body().await? {
         body.extend_from_slice(&part);
@@ -156,5 +196,5 @@ async fn fetch(session: &mut HttpSession, authority: &str) -> pingora::Result<By
             break;
         }
     }
-    Ok(body)
+    Ok((status, body))
 }

@@ -9,7 +9,7 @@
 //! exactly one terminal record of it all.
 //!
 //! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
-//! whose one writer publishes immutable snapshots. `live` is the configuration in force, which a reload replaces. `metrics` counts, `admin`
+//! whose one writer publishes immutable snapshots; `upstreams` are the members that are none of ours. `live` is the configuration in force, which a reload replaces. `metrics` counts, `admin`
 //! shows it on a private listener, `drain` waits for open requests at the end.
 //!
 //! Pingora carries the connections: its listeners, connection filter, HTTP/1.1 and HTTP/2 sessions and its pooled connector. Its
@@ -35,6 +35,7 @@ mod record;
 mod discover;
 mod remembered;
 mod health;
+mod upstreams;
 mod pool;
 mod metrics;
 pub mod admin;

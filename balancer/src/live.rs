@@ -17,6 +17,7 @@ use crate::{
     metrics::Metrics,
     pool::{PoolView, Signal},
     relay::{Budget, Relay},
+    upstreams::Upstreams,
 };
 
 /// Idle connections kept to nodes, for each worker thread.
@@ -29,6 +30,7 @@ pub(crate) struct Live {
     pub(crate) config: BalancerConfig,
     pub(crate) acceptor: Option<Acceptor>,
     pub(crate) relay: Relay,
+    pub(crate) upstreams: Arc<Upstreams>,
 }
 
 /// Where it is found.
@@ -46,8 +48,9 @@ impl Live {
             rules: config.relay.clone(),
             pool: Arc::clone(pool),
         };
+        let upstreams = Upstreams::connect(&config.upstreams, IDLE_UPSTREAMS_PER_THREAD * config.threads)?;
         let acceptor = config.tls.clone().map(Acceptor::from_server_config);
-        Ok(Self { config, acceptor, relay })
+        Ok(Self { config, acceptor, relay, upstreams: Arc::new(upstreams) })
     }
 }
 
@@ -97,10 +100,11 @@ pub(crate) async fn follow(
         let next = reading.map_err(|problems| problems.to_string());
         let outcome = match next.and_then(|config| Live::new(config, &pool).map_err(|e| e.to_string())) {
             Ok(next) => {
-                let rules = next.config.health.rules;
+                let reloaded =
+                    Signal::Reloaded { rules: next.config.health.rules, upstreams: Arc::clone(&next.upstreams) };
                 live.store(Arc::new(next));
                 // an error means that the pool's writer has ended, and with it the balancer
-                let _ = pool.signals().send(Signal::Rules(rules)).await;
+                let _ = pool.signals().send(reloaded).await;
                 info!("the configuration is in force as it stands now");
                 "applied"
             }

@@ -233,7 +233,7 @@ async fn document(
     record: &mut Record,
 ) -> Result<Ended, ApiError> {
     let snapshot = live.relay.pool.load();
-    let ready = snapshot.models.iter().find(|(_, pool)| !pool.ready.is_empty());
+    let ready = snapshot.models.iter().find(|(_, pool)| !pool.ready.is_empty() && pool.nodes > 0);
     let model = ready.map(|(model, _)| model.clone());
     let model = model.ok_or_else(|| route::nobody_ready("no node is ready to tell of its API"))?;
     drop(snapshot);

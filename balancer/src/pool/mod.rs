@@ -10,11 +10,15 @@ mod roster;
 use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
-use pingora::upstreams::peer::HttpPeer;
+use pingora::{connectors::http::Connector, upstreams::peer::HttpPeer};
 use tidegate_common::{contract::Health, ids::NodeId};
 use tokio::sync::{Notify, futures::Notified, mpsc};
 
-use crate::{admin::Members, pick::Rotation};
+use crate::{
+    admin::Members,
+    pick::Rotation,
+    upstreams::{Foreign, Upstreams},
+};
 
 pub use member::Phase;
 pub(crate) use roster::{Effect, Moment, Roster};
@@ -36,6 +40,15 @@ pub(crate) struct Target {
     pub(crate) must_load: bool,
     /// Whether probes or requests have failed there, so that nothing is to be expected of it.
     pub(crate) is_suspect: bool,
+    /// What it takes to ask one that is none of ours.
+    pub(crate) foreign: Option<Arc<Foreign>>,
+}
+
+impl Target {
+    /// By what it is asked; nodes by `ours`.
+    pub(crate) fn connector<'a>(&'a self, ours: &'a Connector) -> &'a Connector {
+        self.foreign.as_ref().map_or(ours, |foreign| &foreign.connector)
+    }
 }
 
 /// Members that share requests by their weights.
@@ -47,9 +60,9 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// The next member that is none of `avoid`.
-    pub(crate) fn pick(&self, avoid: &[NodeId]) -> Option<Arc<Target>> {
-        let skip = |i: usize| self.targets.get(i).is_none_or(|target| avoid.contains(&target.id));
+    /// The next member that may be asked.
+    pub(crate) fn pick(&self, may: impl Fn(&Target) -> bool) -> Option<Arc<Target>> {
+        let skip = |i: usize| self.targets.get(i).is_none_or(|target| !may(target));
         self.rotation.pick(skip).map(|i| Arc::clone(&self.targets[i]))
     }
 
@@ -73,6 +86,8 @@ pub(crate) struct Pool {
     pub(crate) suspects: Ring,
     /// How many members there are, ready or not.
     pub(crate) members: usize,
+    /// How many of them are nodes of ours.
+    pub(crate) nodes: usize,
 }
 
 impl Pool {
@@ -109,6 +124,8 @@ impl Snapshot {
 pub(crate) enum Probed {
     /// The node answered, from an address that is now known to be its own.
     Answered { peer: Box<HttpPeer>, health: Box<Health> },
+    /// A foreign upstream answered.
+    Reached { peer: Box<HttpPeer> },
     /// It did not, for this reason.
     Failed(String),
 }
@@ -121,8 +138,8 @@ pub(crate) enum Signal {
     /// A request lost the node. It `counts` like a failed probe when the node could not be reached or fell silent; otherwise it only
     /// makes the next probe come soon.
     Lost { id: NodeId, incarnation: Incarnation, counts: bool },
-    /// A reload has changed what decides about members.
-    Rules(Rules),
+    /// A reload has changed what decides about members, and which are none of ours.
+    Reloaded { rules: Rules, upstreams: Arc<Upstreams> },
 }
 
 /// Most signals that wait for the writer; passive ones beyond it are dropped, since the next failure says the same.

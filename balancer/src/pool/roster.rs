@@ -20,6 +20,7 @@ use crate::{
     admin::{MemberReport, Members, RegistryLink},
     auth::UnixSeconds,
     pick::Rotation,
+    upstreams::{Foreign, Upstreams},
 };
 
 /// A moment by both clocks: one for people, one that never jumps.
@@ -48,6 +49,8 @@ pub(crate) enum Effect {
 
 struct Member {
     record: NodeRecord,
+    /// What is known of it beyond the record when it is none of ours.
+    foreign: Option<Arc<Foreign>>,
     incarnation: Incarnation,
     listed: bool,
     state: member::State,
@@ -68,11 +71,13 @@ struct Draft {
     ready: Vec<(Arc<Target>, u32)>,
     failed: Vec<(Arc<Target>, u32)>,
     members: usize,
+    nodes: usize,
 }
 
 /// All members.
 pub(crate) struct Roster {
     rules: Rules,
+    upstreams: Arc<Upstreams>,
     members: BTreeMap<NodeId, Member>,
     /// Rotations by model, of the ready and of the failed, kept while the set stays the same, so that a new snapshot does not begin the
     /// turn anew.
@@ -84,9 +89,10 @@ pub(crate) struct Roster {
 }
 
 impl Roster {
-    pub(crate) fn new(rules: Rules) -> Self {
+    pub(crate) fn new(rules: Rules, upstreams: Arc<Upstreams>) -> Self {
         Self {
             rules,
+            upstreams,
             members: BTreeMap::new(),
             rotations: BTreeMap::new(),
             panicking: BTreeSet::new(),
@@ -117,6 +123,7 @@ impl Roster {
             Some(member) if member.record.address == record.address && member.record.tls == record.tls => {
                 member.listed = true;
                 member.record = record.clone();
+                member.foreign = self.upstreams.get(&record.id).cloned();
             }
             known => {
                 if known.is_some() {
@@ -142,14 +149,15 @@ impl Roster {
             peer: None,
             health: None,
             last_error: None,
+            foreign: self.upstreams.get(&record.id).cloned(),
             record,
         };
         self.members.insert(member.record.id.clone(), member);
     }
 
-    /// The records of all members.
+    /// The records of all nodes.
     pub(crate) fn records(&self) -> impl Iterator<Item = &NodeRecord> + Clone {
-        self.members.values().map(|member| &member.record)
+        self.members.values().filter(|member| member.foreign.is_none()).map(|member| &member.record)
     }
 
     /// A probe or a request says this; what it says of an earlier incarnation is old.
@@ -167,10 +175,20 @@ impl Roster {
                 }
                 effects.push(Effect::Pace { id, soon: true });
             }
-            Signal::Rules(rules) => self.rules = rules,
+            Signal::Reloaded { rules, upstreams } => {
+                (self.rules, self.upstreams) = (rules, upstreams);
+                self.drop_upstreams(&mut effects);
+            }
             _ => {}
         }
         effects
+    }
+
+    /// Upstreams that are configured no more leave at once, however well they are. Those that are follow with the next view.
+    fn drop_upstreams(&mut self, effects: &mut Vec<Effect>) {
+        let upstreams = &self.upstreams;
+        let is_left = |id: &NodeId, member: &mut Member| member.foreign.is_some() && upstreams.get(id).is_none();
+        effects.extend(self.members.extract_if(.., is_left).map(|(id, _)| Effect::Stop(id)));
     }
 
     fn is_current(&self, id: &NodeId, incarnation: Incarnation) -> bool {
@@ -189,6 +207,11 @@ impl Roster {
             Probed::Failed(reason) => {
                 member.last_error = Some(reason);
                 member::Event::Failed
+            }
+            Probed::Reached { peer } => {
+                member.last_error = None;
+                member.peer = Some(peer);
+                member::Event::Healthy
             }
             Probed::Answered { health, .. } if health.node != *id => {
                 member.last_error = Some(format!("node '{}' answers at this address", health.node));
@@ -258,6 +281,7 @@ impl Roster {
             for (model, state) in member.models() {
                 let draft = drafts.entry(model.to_owned()).or_default();
                 draft.members += 1;
+                draft.nodes += usize::from(member.foreign.is_none());
                 if let Some(target) = target.as_ref().filter(|_| state.takes_requests()) {
                     let must_load = state != ModelState::Ready;
                     let loading = member.target(must_load).filter(|_| must_load).map(Arc::new);
@@ -272,11 +296,12 @@ impl Roster {
     fn pool(&mut self, model: String, draft: Draft) -> Pool {
         let panics = self.rules.panics(draft.ready.len(), draft.failed.len());
         let failed = if panics { draft.failed } else { Vec::new() };
-        let members = draft.members;
+        let (members, nodes) = (draft.members, draft.nodes);
         Pool {
             ready: self.ring((model.clone(), true), draft.ready),
             suspects: self.ring((model, false), failed),
             members,
+            nodes,
         }
     }
 
@@ -304,9 +329,9 @@ impl Roster {
         });
     }
 
-    /// The model of requests that name none: what all members say of themselves, if they agree.
+    /// The model of requests that name none: what all nodes say of themselves, if they agree.
     fn default_model(&self) -> Option<String> {
-        let mut defaults = self.members.values().map(|member| &member.record.model);
+        let mut defaults = self.records().map(|record| &record.model);
         let first = defaults.next()?;
         defaults.all(|model| model == first).then(|| first.clone())
     }
@@ -338,7 +363,8 @@ impl Member {
     /// Whether nothing is known of it but that probes or requests have failed: by its own last words it takes requests.
     fn has_failed(&self) -> bool {
         let is_ejected = matches!(self.state, member::State::Ejected { .. });
-        is_ejected && self.health.as_ref().is_some_and(|health| health.status == Status::Healthy)
+        let said_yes = self.health.as_ref().is_some_and(|health| health.status == Status::Healthy);
+        is_ejected && (said_yes || self.foreign.is_some())
     }
 
     /// The part of its weight that it gets now, in [`RAMP_STEPS`]ths.
@@ -355,6 +381,7 @@ impl Member {
             authority: self.record.address.clone(),
             peer: peer.clone(),
             must_load,
+            foreign: self.foreign.clone(),
             is_suspect: !self.state.is_ready(),
         })
     }
@@ -420,7 +447,7 @@ mod tests {
     }
 
     fn roster() -> Roster {
-        Roster::new(Rules { up: 2, down: 3, slow_start: SLOW_START, panic_percent: 50 })
+        Roster::new(Rules { up: 2, down: 3, slow_start: SLOW_START, panic_percent: 50 }, Arc::default())
     }
 
     fn answered(record: &NodeRecord, incarnation: u64, status: &str) -> Signal {
@@ -578,7 +605,7 @@ mod tests {
         }
         let mut picked = Vec::new();
         for _ in 0..4 {
-            picked.push(roster.snapshot(Instant::now()).models["m"].ready.pick(&[]).unwrap().id.to_string());
+            picked.push(roster.snapshot(Instant::now()).models["m"].ready.pick(|_| true).unwrap().id.to_string());
             roster.apply_signal(answered(&a, 1, "healthy"), now());
         }
         assert_eq!(picked, ["a", "b", "a", "b"]);
@@ -588,7 +615,7 @@ mod tests {
         let snapshot = roster.snapshot(at);
         let mut shares = BTreeMap::new();
         for _ in 0..210 {
-            *shares.entry(snapshot.models["m"].ready.pick(&[]).unwrap().id.to_string()).or_default() += 1;
+            *shares.entry(snapshot.models["m"].ready.pick(|_| true).unwrap().id.to_string()).or_default() += 1;
         }
         shares
     }

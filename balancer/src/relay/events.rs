@@ -10,7 +10,7 @@ use tidegate_common::contract::EventId;
 use super::delivered::Delivered;
 
 /// Largest unfinished event kept; a whole JSON answer is one event.
-const EVENT_BYTES_MAX: usize = 32 << 20;
+pub(super) const EVENT_BYTES_MAX: usize = 32 << 20;
 
 /// How a stream ends as its node wants it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

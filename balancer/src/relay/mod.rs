@@ -1,13 +1,14 @@
 //! Carrying one generation to its end: from node to node if need be, while the client sees one answer without a seam.
 //!
 //! `turn` says who is asked next, or how long to wait for one who can be, within the `budget` of the whole balancer; `request` makes
-//! what a node is sent, `upstream` opens a node's answer, `events` cuts it into whole events, `delivered` remembers the tokens that
+//! what a node is sent, `foreign` what others are, `upstream` opens a node's answer, `events` cuts it into whole events, `delivered` remembers the tokens that
 //! the client has had, `client` writes to it. This file decides what comes after each loss. Its rules: nothing moves after the last
 //! event, nor after a 4xx, but for 429: a node that is full says nothing about the next one.
 
 mod turn;
 mod budget;
 mod request;
+mod foreign;
 mod upstream;
 pub(crate) mod events;
 pub(crate) mod delivered;
@@ -35,7 +36,8 @@ use crate::{
 };
 use client::{Client, Interrupt};
 use delivered::Delivered;
-use events::{Events, Tail};
+use events::Tail;
+use foreign::Cutter;
 use request::NodeRequest;
 use turn::Stop;
 use upstream::{Opened, Upstream};
@@ -146,6 +148,8 @@ struct Journey {
     /// Nodes that were known to be away, and were asked all the same.
     tried_suspects: Vec<NodeId>,
     last_was_suspect: bool,
+    /// Whether what the client has had came from a foreign upstream, whose tokens nobody knows.
+    began_abroad: bool,
     delivered: Delivered,
     /// The words of the last node that said 503 or 429.
     busy: Option<(NodeId, Answer)>,
@@ -165,6 +169,7 @@ impl Journey {
             is_taken: false,
             tried_suspects: Vec::new(),
             last_was_suspect: false,
+            began_abroad: false,
             delivered: Delivered::new(choices),
             busy: None,
             last: None,
@@ -278,8 +283,13 @@ impl Relay {
         journey: &mut Journey,
     ) -> LegEnd {
         let resume = journey.is_resuming(client).then_some(&journey.delivered);
-        let request = generation.request(&record.ctx, target, client.time_left(), resume);
-        let request = match request.and_then(|request| journey.mark(request)) {
+        let request = match &target.foreign {
+            Some(foreign) => generation.request_abroad(foreign, &record.model),
+            None => generation
+                .request(&record.ctx, target, client.time_left(), resume)
+                .and_then(|request| journey.mark(request)),
+        };
+        let request = match request {
             Ok(request) => request,
             Err(error) => {
                 warn!(error = %error, "cannot write a request");
@@ -289,9 +299,16 @@ impl Relay {
         // boxed, so that what connecting needs is given back before the stream begins
         let opened = client.unless_interrupted(Box::pin(Upstream::open(self, target, request))).await;
         match opened {
+            Ok(Ok(Opened::Stream(_))) if target.foreign.is_some() && !generation.stream => {
+                LegEnd::Lost(Loss::Malformed)
+            }
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
             Ok(Ok(Opened::Whole(answer))) if matches!(answer.status, FULL | 503) => LegEnd::Busy(answer),
             Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
+            Ok(Ok(Opened::Whole(answer))) if target.foreign.is_some() && is_ours_to_mend(answer.status) => {
+                warn!(node = %target.id, status = answer.status, "the upstream refuses the edge: see its api_key_file and base_url");
+                LegEnd::Lost(Loss::Status(answer.status))
+            }
             Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
             Ok(Err(loss)) => LegEnd::Lost(loss),
             Err(interrupt) => interrupt.into(),
@@ -306,8 +323,9 @@ impl Relay {
         target: &Target,
         journey: &mut Journey,
     ) -> LegEnd {
-        let mut events = Events::default();
-        journey.is_taken = true;
+        let is_foreign = target.foreign.is_some();
+        let mut events = Cutter::new(is_foreign);
+        journey.is_taken |= !is_foreign;
         journey.busy = None;
         loop {
             let chunk = match client.unless_interrupted(upstream.read()).await {
@@ -319,11 +337,12 @@ impl Relay {
                 return LegEnd::Lost(Loss::Malformed);
             };
             journey.patience = None;
-            if journey.delivered.total() > 0 {
-                record.first_token();
-            }
             if let Err(interrupt) = client.pass(passed.bytes, &target.id).await {
                 return interrupt.into();
+            }
+            journey.began_abroad = is_foreign && client.has_data();
+            if journey.delivered.total() > 0 || journey.began_abroad {
+                record.first_token();
             }
             match passed.tail {
                 None => {}
@@ -338,6 +357,11 @@ impl Relay {
             }
         }
     }
+}
+
+/// Whether a foreign upstream's answer is about what the edge sent of its own, and so nothing for the client.
+fn is_ours_to_mend(status: u16) -> bool {
+    matches!(status, 401 | 403 | 300..=399)
 }
 
 async fn pass_on(client: Client<'_>, record: &mut Record, node: &NodeId, answer: Answer) -> Ended {

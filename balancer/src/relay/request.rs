@@ -13,9 +13,9 @@ use crate::{body::Wish, ctx::RequestCtx, pool::Target};
 
 /// One generation, as its client asked for it.
 pub(crate) struct Generation {
-    method: &'static str,
-    path: &'static str,
-    body: Bytes,
+    pub(super) method: &'static str,
+    pub(super) path: &'static str,
+    pub(super) body: Bytes,
     /// The model that the client named.
     pub(crate) model: Option<String>,
     /// Drawn once, so that every node that the stream meets samples the same; `None` when the body brings its own.
@@ -28,6 +28,28 @@ pub(crate) struct Generation {
 pub(crate) struct NodeRequest {
     pub(crate) head: Box<RequestHeader>,
     pub(crate) body: Bytes,
+    pub(crate) silence: Silence,
+}
+
+/// How long an answer may be silent.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Silence {
+    /// As long as a node's, which gives signs of life.
+    OfNode,
+    AtMost(Duration),
+    /// Until the request's own time is over.
+    Unbounded,
+}
+
+impl Silence {
+    /// The bound, where a node's is this.
+    pub(super) fn bound(self, of_node: Duration) -> Option<Duration> {
+        match self {
+            Self::OfNode => Some(of_node),
+            Self::AtMost(bound) => Some(bound),
+            Self::Unbounded => None,
+        }
+    }
 }
 
 impl Generation {
@@ -65,7 +87,7 @@ impl Generation {
         if let Some(payer) = ctx.payer() {
             head.insert_header(headers::TENANT, payer.as_ref())?;
         }
-        Ok(NodeRequest { head: Box::new(head), body })
+        Ok(NodeRequest { head: Box::new(head), body, silence: Silence::OfNode })
     }
 }
 

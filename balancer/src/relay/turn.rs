@@ -4,11 +4,15 @@
 //! too few are ready, each request asks those that failed as well, after the others and once: what they do then is no surprise. When
 //! nobody can be asked, because none is ready, none takes requests now, or too many streams are on the move, the request waits up to
 //! `queue_wait` and then asks everyone anew; one that a node had taken and that now only lacks a place waits as long as it may take at all.
-//! Losses that may be the request's own doing are borne `max_resumes` times.
+//! Losses that may be the request's own doing are borne `max_resumes` times. A stream that has begun goes on at nodes alone: a foreign
+//! upstream can neither take one up nor leave one that another could.
 
 use std::{sync::Arc, time::Duration};
 
-use tidegate_common::{contract::ApiError, ids::NodeId};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind},
+    ids::NodeId,
+};
 use tokio::time::{Instant, timeout};
 
 use super::{
@@ -16,7 +20,11 @@ use super::{
     client::{Client, Interrupt},
     request::Generation,
 };
-use crate::{pool::Target, record::Record, route};
+use crate::{
+    pool::{Ring, Target},
+    record::Record,
+    route,
+};
 
 /// How often one who waits asks again when the pool has not changed: a node that was full may have room.
 const ASK_AGAIN: Duration = Duration::from_millis(200);
@@ -80,16 +88,22 @@ impl Relay {
             Err(error) => return Turn::Never(error),
         };
         record.model = model.to_owned();
-        let ready = &pool.ready;
-        let target = match ready.pick(&journey.tried) {
+        if pool.nodes == 0 && !generation.is_common() {
+            return Turn::Never(not_abroad(generation, model));
+        }
+        let goes_abroad = generation.is_common() && !is_resuming;
+        let pick = |ring: &Ring, avoid: &[NodeId]| {
+            ring.pick(|target| (goes_abroad || target.foreign.is_none()) && !avoid.contains(&target.id))
+        };
+        let target = match pick(&pool.ready, &journey.tried) {
             Some(untried) => Some(untried),
             // the same node again is better than none, for a stream that has begun
             None if is_resuming && !journey.was_refused() => {
-                ready.pick(journey.last_asked()).or_else(|| ready.pick(&[]))
+                pick(&pool.ready, journey.last_asked()).or_else(|| pick(&pool.ready, &[]))
             }
             None => None,
         };
-        let target = target.or_else(|| pool.suspects.pick(&journey.tried_suspects));
+        let target = target.or_else(|| pick(&pool.suspects, &journey.tried_suspects));
         match (target, journey.last) {
             (Some(target), None) => Turn::Ask(target),
             (Some(target), Some(_)) => match self.budget.take(Instant::now()) {
@@ -102,8 +116,14 @@ impl Relay {
     }
 
     fn may_resume(&self, journey: &Journey) -> bool {
-        self.rules.resumes_max > 0 && journey.delivered.is_complete()
+        self.rules.resumes_max > 0 && journey.delivered.is_complete() && !journey.began_abroad
     }
+}
+
+/// No upstream of the model knows an API that is Tidegate's own.
+fn not_abroad(generation: &Generation, model: &str) -> ApiError {
+    let message = format!("'{model}' is served by upstreams that do not have {} here", generation.path);
+    ApiError::new(ErrorKind::NotFound, "unknown_path", message)
 }
 
 impl Loss {

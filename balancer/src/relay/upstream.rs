@@ -59,23 +59,23 @@ impl Upstream {
     }
 
     async fn attempt(relay: &Relay, target: &Arc<Target>, request: &NodeRequest) -> Attempt {
-        let (mut session, reused) = match relay.connector.get_http_session(&target.peer).await {
+        let (mut session, reused) = match target.connector(&relay.connector).get_http_session(&target.peer).await {
             Ok(session) => session,
             Err(_) => return Attempt::Lost(Loss::Connect),
         };
         let patience = if target.must_load { relay.rules.load_timeout } else { relay.rules.stall_timeout };
-        session.set_read_timeout(Some(patience));
+        session.set_read_timeout(request.silence.bound(patience));
         session.set_write_timeout(Some(relay.rules.stall_timeout));
         if let Err(error) = exchange(&mut session, request).await {
             let loss = loss(&error);
             return if reused && loss == Loss::Reset { Attempt::Stale } else { Attempt::Lost(loss) };
         }
-        session.set_read_timeout(Some(relay.rules.stall_timeout));
+        session.set_read_timeout(request.silence.bound(relay.rules.stall_timeout));
         let Some(head) = session.response_header() else { return Attempt::Lost(Loss::Malformed) };
         if is_stream(head) {
             return Attempt::Opened(Opened::Stream(Box::new(Self { session, target: Arc::clone(target) })));
         }
-        match whole(session, &target.peer, &relay.connector).await {
+        match whole(session, &target.peer, target.connector(&relay.connector)).await {
             Ok(answer) => Attempt::Opened(Opened::Whole(answer)),
             Err(loss) => Attempt::Lost(loss),
         }
@@ -95,7 +95,7 @@ impl Upstream {
         let ended = self.session.response_done()
             || matches!(timeout(END_TIMEOUT, self.session.read_response_body()).await, Ok(Ok(None)));
         if ended {
-            connector.release_http_session(self.session, &self.target.peer, Some(IDLE)).await;
+            self.target.connector(connector).release_http_session(self.session, &self.target.peer, Some(IDLE)).await;
         }
     }
 }

@@ -8,5 +8,6 @@
 mod support;
 mod requests;
 mod relay;
+mod foreign;
 mod pool;
 mod transport;

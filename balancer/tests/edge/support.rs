@@ -78,6 +78,8 @@ pub(crate) enum News {
 #[derive(Debug)]
 struct Behaviour {
     id: String,
+    /// Whether it is a server of the OpenAI API that knows nothing of Tidegate.
+    is_foreign: bool,
     script: Mutex<VecDeque<Vec<Act>>>,
     health: Mutex<&'static str>,
     news: mpsc::UnboundedSender<News>,
@@ -92,12 +94,18 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    async fn start(id: &str, tls: Option<Arc<rustls::ServerConfig>>, news: mpsc::UnboundedSender<News>) -> Self {
+    async fn start(
+        id: &str,
+        is_foreign: bool,
+        tls: Option<Arc<rustls::ServerConfig>>,
+        news: mpsc::UnboundedSender<News>,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mut record = NodeRecord::new(id.parse().unwrap(), address.to_string(), MODEL.into());
         record.tls = tls.is_some();
-        let behaviour = Behaviour { id: id.into(), script: Mutex::default(), health: Mutex::new("healthy"), news };
+        let behaviour =
+            Behaviour { id: id.into(), is_foreign, script: Mutex::default(), health: Mutex::new("healthy"), news };
         let node = Self { record, behaviour: Arc::new(behaviour), tls, server: Mutex::default() };
         node.listen(listener);
         node
@@ -190,17 +198,36 @@ pub(crate) fn good(stream: bool) -> Vec<Act> {
     }
 }
 
+/// A piece of a foreign stream.
+pub(crate) fn piece(text: &str) -> Act {
+    Act::Send(format!("data: {}\n\n", json!({"choices": [{"delta": {"content": text}}]})).into_bytes())
+}
+
+/// The end of a foreign stream.
+pub(crate) fn done() -> Act {
+    Act::Send(b"data: [DONE]\n\n".to_vec())
+}
+
+fn good_abroad(stream: bool) -> Vec<Act> {
+    if stream {
+        vec![Act::Head, piece("x"), piece("y"), done(), Act::Finish]
+    } else {
+        vec![Act::Whole(200, "", r#"{"object":"abroad"}"#)]
+    }
+}
+
 async fn serve<S: AsyncRead + AsyncWrite + Unpin>(stream: S, behaviour: Arc<Behaviour>) {
     let mut stream = BufReader::new(stream);
     while let Some(seen) = read_request(&mut stream, &behaviour.id).await {
-        if seen.path == "/health" {
+        if seen.path == if behaviour.is_foreign { "/base/models" } else { "/health" } {
             answer_health(&mut stream, &behaviour).await;
             continue;
         }
         let scripted = behaviour.script.lock().unwrap().pop_front();
         let wants_stream = seen.json().get("stream") == Some(&Value::Bool(true));
         let _ = behaviour.news.send(News::Asked(seen));
-        if !perform(&mut stream, scripted.unwrap_or_else(|| good(wants_stream)), &behaviour).await {
+        let good = || if behaviour.is_foreign { good_abroad(wants_stream) } else { good(wants_stream) };
+        if !perform(&mut stream, scripted.unwrap_or_else(good), &behaviour).await {
             return;
         }
     }
@@ -290,6 +317,7 @@ async fn perform<S: AsyncRead + AsyncWrite + Unpin>(
 pub(crate) struct House {
     pub(crate) address: SocketAddr,
     pub(crate) admin: SocketAddr,
+    /// Nodes, and after them the foreign upstreams.
     pub(crate) nodes: Vec<Node>,
     pub(crate) registry: Arc<MemoryRegistry>,
     pub(crate) news: mpsc::UnboundedReceiver<News>,
@@ -310,33 +338,63 @@ impl House {
     /// `extra` is TOML: more sections (`[balancer.health]` only as the first), or with lines before its first section more keys of
     /// `[balancer]`.
     pub(crate) async fn with(count: usize, extra: &str) -> Self {
-        let house = Self::build(count, extra, None).await;
-        house.until(|members| ready(members).len() == count).await;
+        Self::with_foreign(count, 0, "", extra).await
+    }
+
+    /// With upstreams `f0`, `f1`, ... that are none of ours; `more` are more lines of each.
+    pub(crate) async fn with_foreign(count: usize, foreign: usize, more: &str, extra: &str) -> Self {
+        let house = Self::build(count, Some((foreign, more)), extra, None).await;
+        house.until(|members| ready(members).len() == count + foreign).await;
         house
     }
 
     /// With nodes that speak TLS.
     pub(crate) async fn with_tls_nodes(count: usize, extra: &str, tls: Arc<rustls::ServerConfig>) -> Self {
-        Self::build(count, extra, Some(tls)).await
+        Self::build(count, None, extra, Some(tls)).await
     }
 
-    async fn build(count: usize, extra: &str, node_tls: Option<Arc<rustls::ServerConfig>>) -> Self {
+    /// One foreign upstream that is asked over TLS.
+    pub(crate) async fn with_foreign_tls(more: &str, tls: Arc<rustls::ServerConfig>) -> Self {
+        Self::build(0, Some((1, more)), "", Some(tls)).await
+    }
+
+    async fn build(
+        count: usize,
+        foreign: Option<(usize, &str)>,
+        extra: &str,
+        node_tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Self {
         tls::install_provider();
+        let (tell, news) = mpsc::unbounded_channel();
+        let (mut upstreams, mut entries) = (Vec::new(), String::new());
+        let (foreign, more) = foreign.unwrap_or_default();
+        for i in 0..foreign {
+            let node = Node::start(&format!("f{i}"), true, node_tls.clone(), tell.clone()).await;
+            let scheme = if node.record.tls { "https" } else { "http" };
+            let base_url = format!("{scheme}://{}/base/", node.record.address);
+            entries += &format!(
+                "[[balancer.upstreams]]\nid = \"f{i}\"\nbase_url = \"{base_url}\"\nhealth_interval = \"50ms\"\n"
+            );
+            entries += if more.contains("models") { "" } else { "models = [\"tiny\"]\n" };
+            entries += &format!("{more}\n");
+            upstreams.push(node);
+        }
         let sections_at = if extra.starts_with('[') { 0 } else { extra.find("\n[").map_or(extra.len(), |at| at + 1) };
         let (keys, sections) = extra.split_at(sections_at);
         // the base ends within this section
         let sections = sections.strip_prefix("[balancer.health]\n").unwrap_or(sections);
-        let text = format!("{}\n{sections}", BASE.replacen("threads = 2\n", &format!("threads = 2\n{keys}"), 1));
+        let text =
+            format!("{}\n{sections}\n{entries}", BASE.replacen("threads = 2\n", &format!("threads = 2\n{keys}"), 1));
         let raw = Raw::from_toml(&text, "test").unwrap();
         let (config, cluster) = raw.check(|r| (BalancerConfig::read(r), ClusterConfig::read(r))).unwrap();
         let registry = Arc::new(MemoryRegistry::default());
-        let (tell, news) = mpsc::unbounded_channel();
         let mut nodes = Vec::new();
         for i in 0..count {
-            let node = Node::start(&format!("n{i}"), node_tls.clone(), tell.clone()).await;
+            let node = Node::start(&format!("n{i}"), false, node_tls.clone(), tell.clone()).await;
             registry.announce(node.record.clone()).await;
             nodes.push(node);
         }
+        nodes.extend(upstreams);
         let balancer = Balancer::bind(config).unwrap();
         let (address, admin) = (balancer.listen_addresses()[0], balancer.admin_address().unwrap());
         let (trigger, stop) = shutdown::channel();

@@ -177,3 +177,21 @@ async fn nodes_are_reached_by_mutual_tls_and_strangers_are_not() {
         assert_eq!(house.ask(&chat(true)).await.0, 503);
     }
 }
+
+#[tokio::test]
+async fn a_foreign_upstream_is_verified_by_its_own_ca_or_the_systems() {
+    tls::install_provider();
+    let (known, stranger) = (Certificate::new(), Certificate::new());
+    let server = || {
+        let identity = Identity::read(&known.cert, &known.key).unwrap();
+        Arc::new(tls::server_config(&identity, MinVersion::Tls13, None).unwrap())
+    };
+    let house = House::with_foreign_tls(&format!("ca = {:?}", known.cert), server()).await;
+    house.until(|members| ready(members).len() == 1).await;
+    assert_eq!(texts(&house.ask(&chat(true)).await.1), ("xy".into(), true));
+    for roots in [format!("ca = {:?}", stranger.cert), String::new()] {
+        let house = House::with_foreign_tls(&roots, server()).await;
+        house.until(|members| members.members.iter().any(|m| m.last_probe_error.is_some())).await;
+        assert!(ready(&house.members().await).is_empty());
+    }
+}
