@@ -137,6 +137,14 @@ impl Trial {
         self.cluster.until_ready(&others, self.sizes.noticed()).await
     }
 
+    /// The same, and as long as it takes streams that are there to notice.
+    async fn until_silence_counts(&mut self, id: &str) {
+        let silent = Instant::now();
+        self.until_out(id).await;
+        sleep(self.sizes.stall_timeout.saturating_sub(silent.elapsed())).await;
+        self.pause().await;
+    }
+
     async fn kills(&mut self) {
         let (kills, answers) = (self.sizes.kills, self.sizes.answers);
         let (mut out, mut back) = (Duration::ZERO, Duration::ZERO);
@@ -161,8 +169,7 @@ impl Trial {
             self.pause().await;
             let id = IDS[self.chance.random_range(0..3)];
             self.cluster.process(id).signal("STOP");
-            self.until_out(id).await;
-            self.pause().await;
+            self.until_silence_counts(id).await;
             self.cluster.process(id).signal("CONT");
             self.cluster.until_ready(&IDS, self.sizes.noticed()).await;
         }
@@ -174,8 +181,7 @@ impl Trial {
             self.load();
             self.pause().await;
             self.cluster.cut("n3", true);
-            self.until_out("n3").await;
-            self.pause().await;
+            self.until_silence_counts("n3").await;
             self.cluster.cut("n3", false);
             self.cluster.until_ready(&IDS, self.sizes.noticed()).await;
         }

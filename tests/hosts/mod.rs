@@ -170,7 +170,7 @@ impl Site {
 }
 
 /// Names, and priorities for the virtual address.
-const HOSTS: [(&str, &str); 3] = [("h1", "100"), ("h2", "90"), ("h3", "110")];
+const HOSTS: [(&str, &str); 3] = [("h1", "170"), ("h2", "90"), ("h3", "250")];
 
 fn address(name: &str) -> String {
     format!("10.77.0.1{}", &name[1..])
@@ -242,6 +242,7 @@ tls = {{ {pair} }}
 auth.keys_file = "{at}/keys.toml"
 upstream_tls = {{ ca = "{at}/ca.pem", {pair} }}
 relay.stall_timeout = "2s"
+members_file = "{at}/{name}-members.json"
 [node]
 id = "{name}"
 listen = "{ip}:18800"

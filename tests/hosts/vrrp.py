@@ -58,11 +58,16 @@ def run(own, virtual, interface, priority):
             advert, (peer, _) = sock.recvfrom(64)
         except TimeoutError:
             continue
-        if peer not in (own, virtual) and int(advert) > priority:
+        if peer in (own, virtual):
+            continue
+        if int(advert) > priority:
             heard = time.monotonic()
             if holds:
                 holds = False
                 hold(interface, virtual, "del")
+        elif holds:
+            # two took it at once, and the other may have had the last word
+            announce(interface, virtual)
 
 
 if __name__ == "__main__":
