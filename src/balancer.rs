@@ -18,7 +18,9 @@ use crate::{
 
 /// Run the edge: TLS, allowlist, keys, routing, health, and the relay that carries streams
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  tidegate balancer --config cluster.toml --listen 127.0.0.1:18789")]
+#[command(after_help = "SIGHUP has it read its configuration again, SIGTERM end after its streams.\n\n\
+Examples:\n  tidegate balancer --config cluster.toml --listen 127.0.0.1:18789\n  \
+tidegate balancer --config cluster.toml --upgrade      a new release in the place of the running one")]
 pub(crate) struct Args {
     #[command(flatten)]
     file: ConfigFile,
@@ -28,6 +30,10 @@ pub(crate) struct Args {
     /// Address of the private listener [default: balancer.admin.listen, or 127.0.0.1:18790]
     #[arg(long, value_name = "ADDR")]
     admin_listen: Option<SocketAddr>,
+    /// Take the place of the balancer that runs with this configuration: it goes on until this one serves, and leaves once its streams
+    /// have ended
+    #[arg(long)]
+    upgrade: bool,
 }
 
 impl Source for Args {
@@ -54,7 +60,7 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     let (cluster, log, config) = check(&raw)?;
     telemetry::init(&log);
     let started = (raw, config.files().to_vec());
-    let balancer = Balancer::bind(config)?;
+    let balancer = if args.upgrade { Balancer::take_over(config)? } else { Balancer::bind(config)?.upgradable() };
     let reloads = balancer.reloads();
     let registry = registry::open(&cluster)?;
     let (trigger, drain) = shutdown::channel();

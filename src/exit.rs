@@ -94,6 +94,16 @@ impl From<RunError> for Failure {
             RunError::AddressInUse { .. } | RunError::Listen { .. } => Self::unavailable(format!(
                 "{error}\n  fix: stop what listens there, or choose another address (--listen)"
             )),
+            RunError::NoPredecessor { .. } => Self::unavailable(format!(
+                "{error}\n  fix: start it without --upgrade, or name the running one's balancer.upgrade_socket"
+            )),
+            RunError::NotReady { .. } => {
+                Self::unavailable(format!("{error}\n  fix: the running balancer goes on; see this one's log"))
+            }
+            RunError::NoUpgradeSocket => {
+                Self::usage(format!("{error}\n  fix: name a path for it in a folder of its own"))
+            }
+            RunError::UpgradeSocket { .. } => Self::usage(error.to_string()),
             RunError::Tls(_) => Self::usage(error.to_string()),
             RunError::Setup(_) | RunError::Ended(_) => Self::internal(error.to_string()),
         }

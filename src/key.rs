@@ -21,8 +21,10 @@ const MODE: u32 = 0o600;
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     /// Make a key, print it once, and add its SHA-256 to a file of keys
-    #[command(after_help = "The balancer reads the file when it starts: set balancer.auth.keys_file to it.\n\n\
-    Example:\n  tidegate key create --file keys.toml --owner alice --expire-in 90d")]
+    #[command(
+        after_help = "The balancer reads the file when it starts and when it changes: set balancer.auth.keys_file to it.\n\n\
+    Example:\n  tidegate key create --file keys.toml --owner alice --expire-in 90d"
+    )]
     Create {
         /// File of keys; made with mode 600 when it is not there
         #[arg(long, value_name = "FILE")]

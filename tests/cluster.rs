@@ -13,6 +13,7 @@ mod up;
 mod allowlist;
 mod mtls;
 mod reload;
+mod upgrade;
 mod failover;
 mod foreign;
 mod faults;

@@ -17,6 +17,7 @@ use crate::{
     config::BalancerConfig,
     live::{Reading, Reloads},
     run::{self, RunError},
+    upgrade::{Predecessor, Sockets},
 };
 
 /// A balancer whose sockets are open: clients may connect, and are answered once it runs.
@@ -27,6 +28,10 @@ pub struct Balancer {
     pub(crate) admin: TcpListener,
     pub(crate) reloads: Reloads,
     pub(crate) readings: mpsc::Receiver<Reading>,
+    /// Whose place it takes.
+    pub(crate) predecessor: Option<Predecessor>,
+    /// Whether another process may take its place.
+    pub(crate) is_upgradable: bool,
 }
 
 impl Balancer {
@@ -37,8 +42,35 @@ impl Balancer {
     pub fn bind(config: BalancerConfig) -> Result<Self, RunError> {
         let service = config.listen.iter().map(|address| listen(*address)).collect::<Result<_, _>>()?;
         let admin = listen(config.admin)?;
+        Ok(Self::new(config, service, admin))
+    }
+
+    /// Takes the sockets from the balancer that runs with this configuration's `balancer.upgrade_socket`; those that it has not are
+    /// opened. It goes on serving until this one can, and leaves then.
+    ///
+    /// # Errors
+    /// When there is no such balancer, or as [`bind`](Self::bind).
+    pub fn take_over(config: BalancerConfig) -> Result<Self, RunError> {
+        let path = config.upgrade_socket.path(config.admin).ok_or(RunError::NoUpgradeSocket)?;
+        let (predecessor, Sockets { mut public, mut private }) = Predecessor::ask(&path)?;
+        let take = |address: SocketAddr, from: &mut Vec<TcpListener>| match Sockets::take(from, address) {
+            Some(socket) => Ok(socket),
+            None => listen(address),
+        };
+        let service = config.listen.iter().map(|address| take(*address, &mut public)).collect::<Result<_, _>>()?;
+        let admin = take(config.admin, &mut private)?;
+        Ok(Self { predecessor: Some(predecessor), ..Self::new(config, service, admin).upgradable() })
+    }
+
+    fn new(config: BalancerConfig, service: Vec<TcpListener>, admin: TcpListener) -> Self {
         let (reloads, readings) = Reloads::new();
-        Ok(Self { config, service, admin, reloads, readings })
+        Self { config, service, admin, reloads, readings, predecessor: None, is_upgradable: false }
+    }
+
+    /// Offers its sockets to the process that comes next, at `balancer.upgrade_socket`.
+    #[must_use]
+    pub fn upgradable(self) -> Self {
+        Self { is_upgradable: true, ..self }
     }
 
     /// Where clients are served; the ports are the real ones, also where the configuration says 0.

@@ -11,7 +11,10 @@ use tidegate_common::{
     tls::{self, Identity, MinVersion},
 };
 
-use crate::{accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile, upstreams::UpstreamConfig};
+use crate::{
+    accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
+    upstreams::UpstreamConfig,
+};
 
 /// Where the edge listens when nothing is said.
 const LISTEN: &str = "127.0.0.1:18789";
@@ -33,6 +36,7 @@ pub struct BalancerConfig {
     pub(crate) relay: RelayConfig,
     pub(crate) upstream_tls: Option<UpstreamTls>,
     pub(crate) members_file: MembersFile,
+    pub(crate) upgrade_socket: UpgradeSocket,
     files: Vec<PathBuf>,
     pub(crate) upstreams: Vec<UpstreamConfig>,
 }
@@ -99,13 +103,14 @@ pub(crate) struct UpstreamTls {
 
 impl BalancerConfig {
     /// Sections and keys that hold from a start to the end; all others a reload may change.
-    pub const FIXED: [&str; 7] = [
+    pub const FIXED: [&str; 8] = [
         "cluster",
         "log",
         "balancer.listen",
         "balancer.admin",
         "balancer.threads",
         "balancer.members_file",
+        "balancer.upgrade_socket",
         "balancer.limits.idle_timeout",
     ];
 
@@ -129,6 +134,7 @@ impl BalancerConfig {
             relay: RelayConfig::read(&r.section("relay")),
             upstream_tls: UpstreamTls::read(&upstream_tls),
             members_file: MembersFile::read(&r),
+            upgrade_socket: UpgradeSocket::read(&r),
             files: named_files(&tls, &auth, &upstream_tls, &upstreams),
             upstreams,
         };

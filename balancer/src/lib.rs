@@ -9,8 +9,9 @@
 //! exactly one terminal record of it all.
 //!
 //! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
-//! whose one writer publishes immutable snapshots; `upstreams` are the members that are none of ours. `live` is the configuration in force, which a reload replaces. `metrics` counts, `admin`
-//! shows it on a private listener, `drain` waits for open requests at the end.
+//! whose one writer publishes immutable snapshots; `upstreams` are the members that are none of ours. `live` is the configuration in force,
+//! which a reload replaces. `metrics` counts, `admin` shows it on a private listener, `drain` waits for open requests at the end, `upgrade`
+//! gives the sockets to the process that comes next.
 //!
 //! Pingora carries the connections: its listeners, connection filter, HTTP/1.1 and HTTP/2 sessions and its pooled connector. Its
 //! `Server` and `HttpProxy` are left out on purpose: the first ends after a fixed sleep instead of when the last stream has ended,
@@ -40,6 +41,7 @@ mod pool;
 mod metrics;
 pub mod admin;
 mod drain;
+mod upgrade;
 #[cfg(fuzzing)]
 pub mod fuzz;
 

@@ -2,7 +2,7 @@
 //!
 //! Signals belong to the process, not to this crate: it ends when its `Shutdown` fires, so it can live in a thread of `tidegate up`.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use pingora::{
@@ -10,7 +10,7 @@ use pingora::{
     server::ListenFds,
     services::{Service as _, listening::Service},
 };
-use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, tls::TlsError};
+use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, systemd, tls::TlsError};
 use tokio::{
     runtime::Runtime,
     sync::watch,
@@ -34,9 +34,10 @@ use crate::{
     remembered::Remembered,
     serve::Edge,
     tls::{Refused, Secured},
+    upgrade::{Offer, Predecessor, Sockets, UpgradeSocket},
 };
 
-/// From closing the sockets to counting: what was on its way then is a request by the end of it.
+/// From closing the sockets, or the last request's end, to counting: what was on its way then is a request by the end of it.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long the runtime may take to drop what is left after the drain.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -63,6 +64,31 @@ pub enum RunError {
     /// A certificate or key that was good when the configuration was read is not any more.
     #[error("balancer.upstream_tls: {0}")]
     Tls(#[from] TlsError),
+    /// No balancer gives its sockets to this one.
+    #[error("no running balancer gives its sockets at {}: {source}", path.display())]
+    NoPredecessor {
+        /// The unix socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The configuration names no road to the running balancer.
+    #[error("balancer.upgrade_socket is off, or without a name because balancer.admin.listen has port 0")]
+    NoUpgradeSocket,
+    /// The balancer before has members that are ready, and this one has none.
+    #[error("no node became ready here within {within:?}, while the running balancer has some")]
+    NotReady {
+        /// How long it waited.
+        within: Duration,
+    },
+    /// The sockets cannot be offered where the configuration says.
+    #[error("balancer.upgrade_socket: {}: {source}", path.display())]
+    UpgradeSocket {
+        /// The unix socket.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The system refuses threads or descriptors.
     #[error("cannot set up the runtime: {0}")]
     Setup(io::Error),
@@ -109,8 +135,13 @@ struct House {
     discover: JoinHandle<()>,
     /// Closes the service's sockets and idle connections when set.
     closing: watch::Sender<bool>,
-    /// Kept, so that the private listener answers to the end.
-    _admin_closing: watch::Sender<bool>,
+    /// The same of the private listener, which answers to the end where no other process does.
+    admin_closing: watch::Sender<bool>,
+    /// Lets both listeners accept.
+    entering: watch::Sender<bool>,
+    predecessor: Option<Predecessor>,
+    offer: Option<(UpgradeSocket, PathBuf, Sockets)>,
+    pool: Arc<PoolView>,
     open: Arc<OpenRequests>,
     live: Current,
 }
@@ -122,9 +153,14 @@ fn start(
     registry: Arc<dyn Registry>,
 ) -> Result<House, RunError> {
     let _within = runtime.enter();
-    let Balancer { config, service, admin, readings, reloads: _ } = balancer;
-    let (names, fds) = bind::hand_over(service).map_err(RunError::Setup)?;
-    let (admin_names, admin_fds) = bind::hand_over(vec![admin]).map_err(RunError::Setup)?;
+    let Balancer { config, service, admin, readings, reloads: _, predecessor, is_upgradable } = balancer;
+    let sockets = Sockets { public: service, private: vec![admin] };
+    let offer = match config.upgrade_socket.path(config.admin).filter(|_| is_upgradable) {
+        Some(path) => Some((config.upgrade_socket.clone(), path, sockets.try_clone().map_err(RunError::Setup)?)),
+        None => None,
+    };
+    let (names, fds) = bind::hand_over(sockets.public).map_err(RunError::Setup)?;
+    let (admin_names, admin_fds) = bind::hand_over(sockets.private).map_err(RunError::Setup)?;
     info!(cluster = %cluster.name, listen = ?names, tls = config.uses_tls(), admin = ?admin_names, "balancer listens");
 
     let metrics = Arc::new(Metrics::new());
@@ -138,15 +174,21 @@ fn start(
         .run(registry, signals);
     let (closing, closed) = watch::channel(false);
     let (admin_closing, admin_closed) = watch::channel(false);
+    let (entering, entered) = watch::channel(false);
     let public = public_service(&live, &metrics, &open);
     tokio::spawn(live::follow(readings, Arc::clone(&live), Arc::clone(&pool), Arc::clone(&metrics)));
-    let private = Admin { pool, metrics, open: Arc::clone(&open) };
+    let private = Admin { pool: Arc::clone(&pool), metrics, open: Arc::clone(&open) };
+    let private = Service::new("admin".into(), private);
     Ok(House {
-        service: listen(public, &names, fds, closed),
-        admin: listen(Service::new("admin".into(), private), &admin_names, admin_fds, admin_closed),
+        service: listen(public, &names, fds, entered.clone(), closed),
+        admin: listen(private, &admin_names, admin_fds, entered, admin_closed),
         discover: tokio::spawn(discover),
         closing,
-        _admin_closing: admin_closing,
+        admin_closing,
+        entering,
+        predecessor,
+        offer,
+        pool,
         open,
         live,
     })
@@ -164,7 +206,7 @@ fn public_service(live: &Current, metrics: &Arc<Metrics>, open: &Arc<OpenRequest
         started: Instant::now(),
     };
     let refused = Refused { per_address: metrics.refused("per_address"), handshake: metrics.refused("handshake") };
-    let secured = Secured::new(Arc::new(edge), Arc::clone(live), refused);
+    let secured = Secured::new(Arc::new(edge), Arc::clone(live), Arc::clone(open), refused);
     let mut service = Service::new("edge".into(), secured);
     service.set_connection_filter(Arc::new(Gate { live: Arc::clone(live), refused: metrics.refused("allowlist") }));
     service
@@ -174,24 +216,61 @@ fn listen<A: ServerApp + Send + Sync + 'static>(
     mut service: Service<A>,
     names: &[String],
     fds: ListenFds,
+    mut entered: watch::Receiver<bool>,
     closing: watch::Receiver<bool>,
 ) -> JoinHandle<()> {
     for name in names {
         service.add_tcp(name);
     }
-    tokio::spawn(async move { service.start_service(Some(fds), closing, 1).await })
+    tokio::spawn(async move {
+        // an error means that the house is gone
+        if entered.wait_for(|entered| *entered).await.is_ok() {
+            service.start_service(Some(fds), closing, 1).await;
+        }
+    })
 }
 
 impl House {
     async fn live(mut self, mut shutdown: Shutdown) -> Result<(), RunError> {
-        tokio::select! {
-            () = shutdown.wait() => {}
+        let offer = tokio::select! {
+            entered = self.enter() => entered?,
+            () = shutdown.wait() => return Ok(()),
+        };
+        let is_replaced = tokio::select! {
+            () = shutdown.wait() => false,
+            () = taken(offer, Arc::clone(&self.pool)) => true,
             _ = &mut self.service => return Err(RunError::Ended("listener")),
             _ = &mut self.admin => return Err(RunError::Ended("private listener")),
             _ = &mut self.discover => return Err(RunError::Ended("pool's writer")),
-        }
+        };
+        self.admin_closing.send_replace(is_replaced);
         self.leave().await;
         Ok(())
+    }
+
+    /// Begins to accept; in another balancer's place only once it can serve as well as that one, which leaves then.
+    async fn enter(&mut self) -> Result<Option<Offer>, RunError> {
+        let predecessor = self.predecessor.take();
+        if let Some(predecessor) = &predecessor {
+            predecessor.is_matched_by(&self.pool).await?;
+        }
+        self.entering.send_replace(true);
+        let is_first = predecessor.is_none();
+        if let Some(predecessor) = predecessor {
+            predecessor.dismiss();
+        }
+        systemd::ready();
+        let Some((asked, path, sockets)) = self.offer.take() else { return Ok(None) };
+        match Offer::open(&path, sockets) {
+            Ok(offer) => Ok(Some(offer)),
+            Err(source) if is_first && matches!(asked, UpgradeSocket::At(_)) => {
+                Err(RunError::UpgradeSocket { path, source })
+            }
+            Err(error) => {
+                warn!(path = %path.display(), %error, "no other process can take this one's place; set balancer.upgrade_socket");
+                Ok(None)
+            }
+        }
     }
 
     async fn leave(&self) {
@@ -199,10 +278,31 @@ impl House {
         info!(open = self.open.count(), ?grace, "balancer drains");
         self.open.drain();
         self.closing.send_replace(true);
-        sleep(SETTLE).await;
-        match timeout(grace, self.open.idle()).await {
+        match timeout(grace, self.settled()).await {
             Ok(()) => info!("balancer leaves, every request has ended"),
             Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),
         }
     }
+
+    /// Returns once no request is open, and none was on its way.
+    async fn settled(&self) {
+        loop {
+            sleep(SETTLE).await;
+            if self.open.count() == 0 {
+                return;
+            }
+            self.open.idle().await;
+        }
+    }
+}
+
+/// Returns once another process serves in this one's place.
+async fn taken(offer: Option<Offer>, pool: Arc<PoolView>) {
+    if let Some(offer) = offer {
+        match offer.taken(pool).await {
+            Ok(()) => return,
+            Err(error) => warn!(%error, "no other process can take this one's place any more"),
+        }
+    }
+    std::future::pending().await
 }

@@ -19,7 +19,7 @@ use pingora::{
 };
 use serde_json::json;
 use tidegate_common::contract::{ApiError, ErrorKind};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     answer::{self, Answer},
@@ -39,6 +39,8 @@ use crate::{
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// How long a client may take to read a small answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a connection without a request stays at the end.
+const LINGER: Duration = Duration::from_millis(500);
 /// How long unread rest of a body may take before a connection is kept.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -109,7 +111,7 @@ impl HttpServerApp for Edge {
 
 impl Edge {
     /// Whether there is a request to handle.
-    async fn read_head(&self, session: &mut ServerSession, mut shutdown: ShutdownWatch) -> bool {
+    async fn read_head(&self, session: &mut ServerSession, shutdown: ShutdownWatch) -> bool {
         let reused = session.take_connection_user_context().is_some();
         let bound = {
             let limits = &self.live.load().config.limits;
@@ -118,7 +120,7 @@ impl Edge {
         let read = tokio::select! {
             biased;
             read = timeout(bound, session.read_request()) => read,
-            _ = shutdown.wait_for(|set| *set) => return false,
+            () = self.lingered(shutdown) => return false,
         };
         let error = match read {
             Ok(Ok(present)) => return present,
@@ -134,6 +136,14 @@ impl Edge {
         let _ = answer::refuse_unread(session, &record.ctx.id, &error).await;
         session.shutdown().await;
         false
+    }
+
+    /// Returns some time after the end has begun: a client that does not know of it yet may have sent a request, or be about to.
+    async fn lingered(&self, mut shutdown: ShutdownWatch) {
+        // an error means that the end is past
+        let _ = shutdown.wait_for(|set| *set).await;
+        let _open = self.open.enter();
+        sleep(LINGER).await;
     }
 
     async fn handle(&self, session: &mut ServerSession) -> Ended {

@@ -16,6 +16,7 @@ use tracing::debug;
 
 use crate::{
     accept::Connections,
+    drain::OpenRequests,
     live::{Current, Live},
 };
 
@@ -24,6 +25,7 @@ pub(crate) struct Secured<A> {
     inner: Arc<A>,
     live: Current,
     connections: Arc<Connections>,
+    open: Arc<OpenRequests>,
     refused: Refused,
 }
 
@@ -34,8 +36,8 @@ pub(crate) struct Refused {
 }
 
 impl<A> Secured<A> {
-    pub(crate) fn new(inner: Arc<A>, live: Current, refused: Refused) -> Self {
-        Self { inner, live, connections: Arc::default(), refused }
+    pub(crate) fn new(inner: Arc<A>, live: Current, open: Arc<OpenRequests>, refused: Refused) -> Self {
+        Self { inner, live, connections: Arc::default(), open, refused }
     }
 
     async fn secure(&self, live: &Live, stream: Box<TcpStream>) -> Option<Stream> {
@@ -58,6 +60,8 @@ fn ip_of(stream: &TcpStream) -> Option<IpAddr> {
 impl<A: ServerApp + Send + Sync + 'static> ServerApp for Secured<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
         let stream = stream.into_any().downcast::<TcpStream>().ok()?;
+        // a request is on its way, as the end must know
+        let coming = self.open.enter();
         let live = self.live.load_full();
         let per_address_max = live.config.limits.connections_per_address_max;
         let Some(_permit) = self.connections.enter(ip_of(&stream)?, per_address_max) else {
@@ -65,7 +69,7 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Secured<A> {
             return None;
         };
         let stream = self.secure(&live, stream).await?;
-        drop(live); // each request has its own
+        drop((coming, live)); // each request has its own
         self.inner.process_new(stream, shutdown).await
     }
 }

@@ -1,4 +1,4 @@
-//! What balancer and node share: names, configuration primitives, the wire contract, the registry, shutdown, reload, telemetry.
+//! What balancer and node share: names, configuration primitives, the wire contract, the registry, shutdown, reload, systemd, telemetry.
 //!
 //! This crate knows neither server. A thing belongs here only when both of them need it; what crosses a process is a type in
 //! [`contract`], what comes from a file passes through [`config`].
@@ -12,4 +12,5 @@ pub mod data_dir;
 pub mod holder;
 pub mod shutdown;
 pub mod reload;
+pub mod systemd;
 pub mod telemetry;
