@@ -10,6 +10,7 @@ mod model;
 mod status;
 mod drain;
 mod key;
+mod ca;
 mod settings;
 mod private;
 mod reload;
@@ -76,6 +77,8 @@ enum Command {
     Undrain(drain::Args),
     #[command(subcommand)]
     Key(key::Command),
+    #[command(subcommand)]
+    Ca(ca::Command),
 }
 
 impl Command {
@@ -90,6 +93,7 @@ impl Command {
             Self::Drain(args) => drain::run(drain::Order::Drain, &args),
             Self::Undrain(args) => drain::run(drain::Order::Undrain, &args),
             Self::Key(command) => key::run(command),
+            Self::Ca(command) => ca::run(command),
         }
     }
 }

@@ -12,6 +12,7 @@ mod config;
 mod up;
 mod allowlist;
 mod mtls;
+mod ca;
 mod reload;
 mod upgrade;
 mod failover;
