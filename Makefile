@@ -37,6 +37,10 @@ test: setup-test model ## run every test; the first time, fetch what they need
 test-faults: setup-test model ## lose nodes, wires, etcd and a host under load, over and over, and compare every answer
 	TIDEGATE_TEST_FAULTS=full cargo nextest run --locked --workspace --test cluster --profile faults -E 'test(/^(faults|hosts)::/)'
 
+miri: setup ## run the plain forms of the kernels under Miri; needs: rustup toolchain install nightly --component miri,rust-src
+	CARGO_TARGET_DIR=target/miri MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=4 \
+	    cargo +nightly miri test --locked -p tidegate-node --lib -- kernels::cpu
+
 bench: setup ## measure the engine alone
 	cargo bench --locked --workspace
 

@@ -10,12 +10,12 @@ use std::{
 use memmap2::MmapMut;
 
 /// Address space taken at a time. What is not written to costs nothing.
-const REGION_BYTES: usize = 64 << 20;
+const REGION_BYTES: usize = if cfg!(miri) { 1 << 20 } else { 64 << 20 };
 
 /// Every slab begins at a cache line.
 const ALIGN: usize = 64;
 
-const HUGE_PAGE: usize = 2 << 20;
+const HUGE_PAGE: usize = if cfg!(miri) { 1 << 12 } else { 2 << 20 };
 
 /// Hands out pieces of large regions, so that small matrices share huge pages. Nothing is reused; a region goes when its last slab goes.
 #[derive(Debug, Default)]
@@ -76,7 +76,7 @@ impl Arena {
 impl Region {
     fn new(len: usize) -> Self {
         let mut map = MmapMut::map_anon(len + HUGE_PAGE).expect("the system has memory");
-        #[cfg(target_os = "linux")]
+        #[cfg(all(target_os = "linux", not(miri)))]
         // without huge pages everything works, only slower
         let _ = map.advise(memmap2::Advice::HugePage);
         let skipped = map.as_ptr().align_offset(HUGE_PAGE);

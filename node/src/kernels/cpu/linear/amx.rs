@@ -10,6 +10,7 @@
 use std::{
     arch::{asm, x86_64::*},
     cell::RefCell,
+    mem::MaybeUninit,
     ops::Range,
 };
 
@@ -134,7 +135,7 @@ unsafe fn pass<L: Layout>(tiles: &[u8], weights: &[__m512i], x: Group, out: Targ
         // each row of the outputs is on a page of its own; they come while the products are computed
         _mm_prefetch::<_MM_HINT_ET0>(out.row(r).cast());
     }
-    let mut products = [const { Product([0; GROUP_ROWS * TILE_ROWS]) }; BEHIND + 1];
+    let mut products = [const { MaybeUninit::<Product>::uninit() }; BEHIND + 1];
     let mut sums = [_mm512_setzero_ps(); GROUP_ROWS];
     // a block of two halves takes two steps
     let halves_a_block = if L::HAS_HALVES { 2 } else { 1 };
@@ -161,7 +162,9 @@ unsafe fn pass<L: Layout>(tiles: &[u8], weights: &[__m512i], x: Group, out: Targ
             let (b, half) = (done / halves_a_block, done % halves_a_block);
             let tile = tiles.as_ptr().wrapping_add(b * L::BYTES);
             let d = halves(tile.wrapping_add(half * SECOND_AT));
-            scale_add(&products[done % (BEHIND + 1)], d, x.scales.wrapping_add(b * GROUP_ROWS), &mut sums);
+            // it was stored in an earlier step
+            let product = products[done % (BEHIND + 1)].assume_init_ref();
+            scale_add(product, d, x.scales.wrapping_add(b * GROUP_ROWS), &mut sums);
             if L::HAS_MIN {
                 let m = halves(tile.wrapping_add(SECOND_AT));
                 for (r, sum) in sums.iter_mut().enumerate() {
@@ -212,12 +215,12 @@ macro_rules! steps {
 
             /// Writes the last product.
             #[inline]
-            pub(super) unsafe fn store(to: &mut Product) {
+            pub(super) unsafe fn store(to: &mut MaybeUninit<Product>) {
                 // SAFETY: a product is as large as its register
                 unsafe {
                     asm!(
                         concat!("tilestored [{to} + {line}], ", $product),
-                        to = in(reg) to.0.as_mut_ptr(), line = in(reg) VECTOR,
+                        to = in(reg) to.as_mut_ptr(), line = in(reg) VECTOR,
                         options(nostack)
                     );
                 }

@@ -76,13 +76,16 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
+/// How much of everything: cases, outputs, blocks and rows. Miri is a thousand times as slow.
+const SIZES: (u32, usize, usize, usize) = if cfg!(miri) { (2, 20, 2, 44) } else { (40, 70, 8, 200) };
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(40))]
+    #![proptest_config(ProptestConfig::with_cases(SIZES.0))]
 
     #[test]
     fn products_are_close_to_dense_ones_and_equal_to_the_bit_everywhere(
-        which in 0..TYPES.len(), outputs in 1usize..70, blocks in 1usize..8,
-        count in prop_oneof![1usize..40, 40usize..200], threads in 1usize..4,
+        which in 0..TYPES.len(), outputs in 1..SIZES.1, blocks in 1..SIZES.2,
+        count in prop_oneof![1usize..40, 40..SIZES.3], threads in 1usize..4,
         has_bias: bool, seed: u64,
     ) {
         let dtype = TYPES[which];
