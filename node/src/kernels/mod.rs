@@ -8,7 +8,10 @@
 // SIMD intrinsics, a pool that lends out borrowed closures, and disjoint writes from several threads need it
 #![allow(unsafe_code)]
 
+mod blocks;
 pub mod cpu;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod reference;
 
 use candle_core::quantized::GgmlDType;
@@ -123,11 +126,11 @@ pub struct Norm {
 
 /// Norms over each query head and each key head before they are rotated (Dehghani et al. 2023, arXiv:2302.05442).
 #[derive(Debug, Clone)]
-pub struct HeadNorms {
+pub struct HeadNorms<N> {
     /// For query heads, `[D]`.
-    pub query: Norm,
+    pub query: N,
     /// For key heads, `[D]`.
-    pub key: Norm,
+    pub key: N,
 }
 
 /// What a row's queries see, and how they weigh it.
@@ -179,6 +182,10 @@ pub struct Experts<M> {
 pub trait Backend: Send {
     /// A weight matrix `[N, K]` in the device's own layout, perhaps with a bias `[N]`; a product is `x @ W^T + bias`.
     type Matrix: Send;
+    /// A norm, with its gains where the device reads them.
+    type Norm: Send;
+    /// A table of angles, likewise.
+    type Rope: Send;
     /// Activations `[T, width]`, f32.
     type Rows: Send;
     /// Keys and values of all layers, in blocks.
@@ -191,6 +198,12 @@ pub trait Backend: Send {
     /// as all outputs, or empty.
     fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Self::Matrix;
 
+    /// Lays out a norm for this device.
+    fn norm(&self, norm: Norm) -> Self::Norm;
+
+    /// Lays out a table of angles for this device.
+    fn rope(&self, rope: Rope) -> Self::Rope;
+
     /// Memory for activations.
     fn rows(&self, rows_max: usize, width: usize) -> Self::Rows;
 
@@ -202,18 +215,21 @@ pub trait Backend: Send {
     where
         Self: Sized;
 
+    /// Takes over a step's input; the operations that follow, until the next one, are given the same `batch`.
+    fn begin(&mut self, batch: &Batch, cache: &Self::Cache);
+
     /// `out[T, E] = scale * table[tokens]`
-    fn embed(&mut self, table: &Self::Matrix, tokens: &[u32], scale: f32, out: &mut Self::Rows);
+    fn embed(&mut self, table: &Self::Matrix, batch: &Batch, scale: f32, out: &mut Self::Rows);
 
     /// `out[T, N] = norm(x)[T, E] @ W^T`
-    fn norm_linear(&mut self, x: &Self::Rows, norm: &Norm, w: &Self::Matrix, out: &mut Self::Rows);
+    fn norm_linear(&mut self, x: &Self::Rows, norm: &Self::Norm, w: &Self::Matrix, out: &mut Self::Rows);
 
     /// Norms and rotates queries and keys of `qkv[T, (H+2K)*D]` in place, and writes keys and values to their slots.
     fn rope_write(
         &mut self,
         qkv: &mut Self::Rows,
-        norms: Option<&HeadNorms>,
-        rope: &Rope,
+        norms: Option<&HeadNorms<Self::Norm>>,
+        rope: &Self::Rope,
         batch: &Batch,
         layer: usize,
         cache: &mut Self::Cache,
@@ -231,7 +247,7 @@ pub trait Backend: Send {
     );
 
     /// `residual[T, N] += norm(x[T, K] @ W^T)`; without a norm, the product itself.
-    fn linear_add(&mut self, x: &Self::Rows, w: &Self::Matrix, norm: Option<&Norm>, residual: &mut Self::Rows);
+    fn linear_add(&mut self, x: &Self::Rows, w: &Self::Matrix, norm: Option<&Self::Norm>, residual: &mut Self::Rows);
 
     /// `residual[T, N] += norm((activation(gate) * up)[T, F] @ W^T)`, with `gate_up[T, 2F]`; without a norm, the product itself.
     fn gated_linear_add(
@@ -239,22 +255,22 @@ pub trait Backend: Send {
         gate_up: &Self::Rows,
         activation: Activation,
         w: &Self::Matrix,
-        norm: Option<&Norm>,
+        norm: Option<&Self::Norm>,
         residual: &mut Self::Rows,
     );
 
     /// `residual[T, E] += sum of p_i * expert_i(x)` with `x = norm(residual)`, over the `used` experts of greatest probability `p =
     /// softmax(x @ router^T)`; of equals the first.
-    fn experts_add(&mut self, norm: &Norm, experts: &Experts<Self::Matrix>, residual: &mut Self::Rows);
+    fn experts_add(&mut self, norm: &Self::Norm, experts: &Experts<Self::Matrix>, residual: &mut Self::Rows);
 
-    /// `logits[S, V] = norm(x[rows]) @ W^T`
-    fn head(&mut self, x: &Self::Rows, rows: &[u32], norm: &Norm, w: &Self::Matrix, logits: &mut Self::Rows);
+    /// `logits[S, V] = norm(x[logit_rows]) @ W^T`
+    fn head(&mut self, x: &Self::Rows, batch: &Batch, norm: &Self::Norm, w: &Self::Matrix, logits: &mut Self::Rows);
 
-    /// `out[P, E] = norm(x[rows])`
-    fn normed(&mut self, x: &Self::Rows, rows: &[u32], norm: &Norm, out: &mut Self::Rows);
+    /// `out[P, E] = norm(x[hidden_rows])`
+    fn hidden(&mut self, x: &Self::Rows, batch: &Batch, norm: &Self::Norm, out: &mut Self::Rows);
 
     /// The values on the host, `[rows, width]`.
-    fn read<'a>(&self, rows: &'a Self::Rows) -> &'a [f32];
+    fn read<'a>(&self, rows: &'a mut Self::Rows) -> &'a [f32];
 }
 
 /// Whether every CPU form can work with weights of this type.

@@ -4,12 +4,15 @@
 //! close for all types, and on the CPU equal to the bit however the tokens are cut into steps, whatever shares the batch, on any number
 //! of threads.
 
+use std::sync::Arc;
+
 use candle_core::quantized::GgmlDType;
 use proptest::prelude::*;
 
 use super::{
     Backend, KvDtype,
     cpu::{Cpu, isa::Isa},
+    cuda::{Cuda, emulated::Emulated},
     reference::Reference,
 };
 use crate::{
@@ -103,6 +106,17 @@ fn compare(what: &str, file: &Checkpoint, tolerance: f32) {
         let error = error(&found, &expected);
         assert!(error < tolerance, "{what} on {}: relative error {error}", isa.name());
     }
+    // the tokens in one step, and the last one alone
+    for cuts in [&[][..], &[39]] {
+        let found = logits(&mut *load(file, emulated()), &tokens, cuts, &[3, 5]);
+        let error = error(&found, &expected);
+        assert!(error < 2e-2, "{what} on CUDA's kernels: relative error {error}");
+    }
+}
+
+/// The CUDA form, on a CPU in a GPU's place.
+fn emulated() -> Cuda<Emulated> {
+    Cuda::new(Arc::new(Emulated::default()))
 }
 
 proptest! {

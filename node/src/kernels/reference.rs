@@ -102,6 +102,8 @@ impl Experts<Dense> {
 
 impl Backend for Reference {
     type Matrix = Dense;
+    type Norm = Norm;
+    type Rope = Rope;
     type Rows = Rows;
     type Cache = Cache;
 
@@ -112,6 +114,14 @@ impl Backend for Reference {
     fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Dense {
         let k = parts[0].cols();
         Dense { k, values: parts.iter().flat_map(Weight::dequantize).collect(), bias }
+    }
+
+    fn norm(&self, norm: Norm) -> Norm {
+        norm
+    }
+
+    fn rope(&self, rope: Rope) -> Rope {
+        rope
     }
 
     fn rows(&self, _rows_max: usize, width: usize) -> Rows {
@@ -127,8 +137,10 @@ impl Backend for Reference {
         shape.layers * BLOCK_TOKENS * shape.heads.kv * shape.heads.dim * 2 * size_of::<f32>()
     }
 
-    fn embed(&mut self, table: &Dense, tokens: &[u32], scale: f32, out: &mut Rows) {
-        let rows = tokens.iter().flat_map(|t| &table.values[*t as usize * table.k..][..table.k]);
+    fn begin(&mut self, _: &Batch, _: &Cache) {}
+
+    fn embed(&mut self, table: &Dense, batch: &Batch, scale: f32, out: &mut Rows) {
+        let rows = batch.tokens.iter().flat_map(|t| &table.values[*t as usize * table.k..][..table.k]);
         out.values = rows.map(|x| x * scale).collect();
     }
 
@@ -139,7 +151,7 @@ impl Backend for Reference {
     fn rope_write(
         &mut self,
         qkv: &mut Rows,
-        norms: Option<&HeadNorms>,
+        norms: Option<&HeadNorms<Norm>>,
         rope: &Rope,
         batch: &Batch,
         layer: usize,
@@ -210,15 +222,15 @@ impl Backend for Reference {
         }
     }
 
-    fn head(&mut self, x: &Rows, rows: &[u32], gains: &Norm, w: &Dense, logits: &mut Rows) {
-        logits.values = rows.iter().flat_map(|row| w.apply(&norm(x.row(*row), gains))).collect();
+    fn head(&mut self, x: &Rows, batch: &Batch, gains: &Norm, w: &Dense, logits: &mut Rows) {
+        logits.values = batch.logit_rows.iter().flat_map(|row| w.apply(&norm(x.row(*row), gains))).collect();
     }
 
-    fn normed(&mut self, x: &Rows, rows: &[u32], gains: &Norm, out: &mut Rows) {
-        out.values = rows.iter().flat_map(|row| norm(x.row(*row), gains)).collect();
+    fn hidden(&mut self, x: &Rows, batch: &Batch, gains: &Norm, out: &mut Rows) {
+        out.values = batch.hidden_rows.iter().flat_map(|row| norm(x.row(*row), gains)).collect();
     }
 
-    fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {
+    fn read<'a>(&self, rows: &'a mut Rows) -> &'a [f32] {
         &rows.values
     }
 }

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     batch::Batch,
-    kernels::{Activation, Backend, Experts, HeadNorms, KvDtype, Norm, Rope, View},
+    kernels::{Activation, Backend, Experts, HeadNorms, KvDtype, Norm, View},
     weights::{Checkpoint, LoadError, Weight},
 };
 
@@ -24,12 +24,12 @@ pub(super) struct Decoder<B: Backend> {
     embedding: B::Matrix,
     embedding_scale: f32,
     layers: Vec<Layer<B>>,
-    ropes: Vec<Rope>,
-    norm: Norm,
+    ropes: Vec<B::Rope>,
+    norm: B::Norm,
     /// None when the embedding serves as the head too.
     head: Option<B::Matrix>,
     /// The last norm with the factor of the logits in its gains.
-    head_norm: Norm,
+    head_norm: B::Norm,
     cache: B::Cache,
     kv_dtype: KvDtype,
     vocab: usize,
@@ -49,20 +49,20 @@ pub(super) struct Decoder<B: Backend> {
 }
 
 struct Layer<B: Backend> {
-    attention_norm: Norm,
+    attention_norm: B::Norm,
     qkv: B::Matrix,
-    head_norms: Option<HeadNorms>,
+    head_norms: Option<HeadNorms<B::Norm>>,
     /// Which of the decoder's tables.
     rope: usize,
     view: View,
     attention_out: B::Matrix,
-    attention_out_norm: Option<Norm>,
-    feed_norm: Norm,
+    attention_out_norm: Option<B::Norm>,
+    feed_norm: B::Norm,
     feed: Feed<B>,
 }
 
 enum Feed<B: Backend> {
-    Gated { gate_up: B::Matrix, activation: Activation, down: B::Matrix, out_norm: Option<Norm> },
+    Gated { gate_up: B::Matrix, activation: Activation, down: B::Matrix, out_norm: Option<B::Norm> },
     Experts(Experts<B::Matrix>),
 }
 
@@ -80,19 +80,20 @@ impl<B: Backend> Decoder<B> {
             true => Some(tensors.matrix("output.weight", shape.vocab, shape.width)?),
             false => None,
         };
-        let norm = tensors.norm("output_norm.weight", shape.width)?;
+        let norm = tensors.plain_norm("output_norm.weight", shape.width)?;
         let layers = tensors.layers()?;
         tensors.refuse_unused()?;
         let gains = norm.gains.iter().map(|g| g * plan.logit_scale).collect();
+        let head_norm = backend.norm(Norm { gains, epsilon: norm.epsilon });
         let rows = capacity.batch_tokens_max;
         Ok(Self {
             embedding,
             embedding_scale: plan.embedding_scale,
             layers,
-            ropes: plan.ropes.iter().map(|rope| rope.table(capacity.context)).collect(),
+            ropes: plan.ropes.iter().map(|rope| backend.rope(rope.table(capacity.context))).collect(),
             head,
-            head_norm: Norm { gains, ..norm },
-            norm,
+            head_norm,
+            norm: backend.norm(norm),
             cache: backend.cache(shape.cache(capacity.blocks, capacity.kv_dtype)),
             kv_dtype: capacity.kv_dtype,
             vocab: shape.vocab,
@@ -111,7 +112,8 @@ impl<B: Backend> Decoder<B> {
 impl<B: Backend> Model for Decoder<B> {
     fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> Output<'_> {
         let b = &mut self.backend;
-        b.embed(&self.embedding, &batch.tokens, self.embedding_scale, &mut self.residual);
+        b.begin(batch, &self.cache);
+        b.embed(&self.embedding, batch, self.embedding_scale, &mut self.residual);
         for (i, layer) in self.layers.iter().enumerate() {
             b.norm_linear(&self.residual, &layer.attention_norm, &layer.qkv, &mut self.qkv);
             let rope = &self.ropes[layer.rope];
@@ -129,9 +131,9 @@ impl<B: Backend> Model for Decoder<B> {
             beat();
         }
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        b.head(&self.residual, &batch.logit_rows, &self.head_norm, head, &mut self.logits);
-        b.normed(&self.residual, &batch.hidden_rows, &self.norm, &mut self.hidden);
-        Output { logits: b.read(&self.logits), hidden: b.read(&self.hidden) }
+        b.head(&self.residual, batch, &self.head_norm, head, &mut self.logits);
+        b.hidden(&self.residual, batch, &self.norm, &mut self.hidden);
+        Output { logits: b.read(&mut self.logits), hidden: b.read(&mut self.hidden) }
     }
 
     fn vocab(&self) -> usize {
@@ -277,7 +279,11 @@ impl<B: Backend> Tensors<'_, B> {
         }
     }
 
-    fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
+    fn norm(&self, name: &str, width: usize) -> Result<B::Norm, LoadError> {
+        Ok(self.backend.norm(self.plain_norm(name, width)?))
+    }
+
+    fn plain_norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
         Ok(Norm { gains: self.vector(name, width)?, epsilon: self.plan.epsilon })
     }
 

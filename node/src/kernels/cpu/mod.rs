@@ -131,6 +131,8 @@ impl Cpu {
 
 impl Backend for Cpu {
     type Matrix = Matrix;
+    type Norm = Norm;
+    type Rope = Rope;
     type Rows = Rows;
     type Cache = Cache;
 
@@ -141,6 +143,14 @@ impl Backend for Cpu {
 
     fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Matrix {
         self.cores.matrix(parts, bias)
+    }
+
+    fn norm(&self, norm: Norm) -> Norm {
+        norm
+    }
+
+    fn rope(&self, rope: Rope) -> Rope {
+        rope
     }
 
     fn rows(&self, rows_max: usize, width: usize) -> Rows {
@@ -155,9 +165,11 @@ impl Backend for Cpu {
         PagedCache::block_bytes(shape)
     }
 
-    fn embed(&mut self, table: &Matrix, tokens: &[u32], scale: f32, out: &mut Rows) {
-        out.resize(tokens.len(), table.cols);
-        for (i, token) in tokens.iter().enumerate() {
+    fn begin(&mut self, _: &Batch, _: &Cache) {}
+
+    fn embed(&mut self, table: &Matrix, batch: &Batch, scale: f32, out: &mut Rows) {
+        out.resize(batch.tokens.len(), table.cols);
+        for (i, token) in batch.tokens.iter().enumerate() {
             table.dequantize_row(*token as usize, out.row_mut(i));
         }
         if scale != 1.0 {
@@ -172,7 +184,7 @@ impl Backend for Cpu {
     fn rope_write(
         &mut self,
         qkv: &mut Rows,
-        norms: Option<&HeadNorms>,
+        norms: Option<&HeadNorms<Norm>>,
         rope: &Rope,
         batch: &Batch,
         layer: usize,
@@ -210,8 +222,7 @@ impl Backend for Cpu {
 
     fn experts_add(&mut self, norm: &Norm, experts: &Experts<Matrix>, residual: &mut Rows) {
         let mut normed = std::mem::take(&mut self.mixture.normed);
-        let all: Vec<u32> = (0..residual.count() as u32).collect();
-        self.normed(residual, &all, norm, &mut normed);
+        normed_rows(self.cores.isa, residual, 0..residual.count(), norm, &mut normed);
         let Self { cores, product, mixture, .. } = self;
         let Mixture { routes, gathered, gate_up, .. } = mixture;
         cores.multiply(Source::Plain(&normed), &experts.router, &mut routes.scores);
@@ -229,18 +240,23 @@ impl Backend for Cpu {
         self.mixture.normed = normed;
     }
 
-    fn head(&mut self, x: &Rows, rows: &[u32], norm: &Norm, w: &Matrix, logits: &mut Rows) {
-        self.cores.multiply(Source::Picked(x, rows, norm), w, logits);
+    fn head(&mut self, x: &Rows, batch: &Batch, norm: &Norm, w: &Matrix, logits: &mut Rows) {
+        self.cores.multiply(Source::Picked(x, &batch.logit_rows, norm), w, logits);
     }
 
-    fn normed(&mut self, x: &Rows, rows: &[u32], norm: &Norm, out: &mut Rows) {
-        out.resize(rows.len(), x.width);
-        for (i, row) in rows.iter().enumerate() {
-            rowwise::rms_norm(self.cores.isa, x.row(*row as usize), &norm.gains, norm.epsilon, out.row_mut(i));
-        }
+    fn hidden(&mut self, x: &Rows, batch: &Batch, norm: &Norm, out: &mut Rows) {
+        normed_rows(self.cores.isa, x, batch.hidden_rows.iter().map(|row| *row as usize), norm, out);
     }
 
-    fn read<'a>(&self, rows: &'a Rows) -> &'a [f32] {
+    fn read<'a>(&self, rows: &'a mut Rows) -> &'a [f32] {
         &rows.values
+    }
+}
+
+/// `out = norm(x[rows])`
+fn normed_rows(isa: Isa, x: &Rows, rows: impl ExactSizeIterator<Item = usize>, norm: &Norm, out: &mut Rows) {
+    out.resize(rows.len(), x.width);
+    for (i, row) in rows.enumerate() {
+        rowwise::rms_norm(isa, x.row(row), &norm.gains, norm.epsilon, out.row_mut(i));
     }
 }

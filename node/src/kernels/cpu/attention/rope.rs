@@ -6,7 +6,7 @@ use super::cache::{Cache, Element, Slots};
 use crate::{
     batch::Batch,
     kernels::{
-        HeadNorms, Heads, KvDtype, Rope,
+        HeadNorms, Heads, KvDtype, Norm, Rope,
         cpu::{
             Rows, Shared,
             isa::{Isa, for_each_isa},
@@ -50,7 +50,7 @@ pub(in crate::kernels::cpu) fn rope_write(
     isa: Isa,
     pool: &mut Pool,
     qkv: &mut Rows,
-    norms: Option<&HeadNorms>,
+    norms: Option<&HeadNorms<Norm>>,
     rope: &Rope,
     batch: &Batch,
     layer: usize,
@@ -66,7 +66,7 @@ pub(in crate::kernels::cpu) fn rope_write(
 
 struct Writer<'a> {
     isa: Isa,
-    norms: Option<&'a HeadNorms>,
+    norms: Option<&'a HeadNorms<Norm>>,
     rope: &'a Rope,
     batch: &'a Batch,
     heads: Heads,

@@ -2,7 +2,6 @@
 //! of a matrix that want them so. The products of int8 are exact and what follows is fused in one order everywhere, so every
 //! instruction set gives the same bits, and one row's result is the same whatever rows are beside it.
 
-mod blocks;
 mod floats;
 mod portable;
 mod quantized;

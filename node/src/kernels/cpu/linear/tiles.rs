@@ -7,9 +7,11 @@
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
-use super::blocks::{self, Block};
 use crate::{
-    kernels::cpu::memory::{Arena, Slab},
+    kernels::{
+        blocks::{self, Block},
+        cpu::memory::{Arena, Slab},
+    },
     weights::Weight,
 };
 

@@ -1,0 +1,4 @@
+// Every kernel of the CUDA device, as one unit.
+#include "attention.cuh"
+#include "linear.cuh"
+#include "rows.cuh"
