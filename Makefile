@@ -9,7 +9,7 @@ ROUNDS ?= 5
 # How long `make fuzz` gives to each target.
 SECONDS_EACH ?= 60
 
-.PHONY: help up setup setup-test build model test test-faults bench bench-cpu bench-relay fuzz lint fmt doc deny ci
+.PHONY: help up setup setup-test build cuda-build model test test-faults bench bench-cpu bench-relay fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -25,6 +25,9 @@ setup-test: ## the same for the tests
 
 build: ## build target/release/tidegate
 	cargo build --release --locked
+
+cuda-build: setup ## build target/release/tidegate with CUDA; fetches nvcc where there is none
+	CUDA_HOME="$$(deploy/cuda.sh)" cargo build --release --locked --features cuda
 
 model: setup ## fetch the model that tests use
 	cargo build --locked

@@ -15,6 +15,8 @@ use std::{error::Error, hint::black_box, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use serde_json::{Value, json};
+#[cfg(feature = "cuda")]
+use tidegate_node::kernels::cuda::{Cuda, driver::Gpu};
 use tidegate_node::{
     batch::Batch,
     kernels::{KvDtype, cpu::Cpu},
@@ -33,6 +35,10 @@ struct Args {
     /// Cores to compute on [default: all]
     #[arg(long)]
     threads: Option<usize>,
+    /// The GPU to compute on, as the driver counts them, instead of cores
+    #[cfg(feature = "cuda")]
+    #[arg(long)]
+    gpu: Option<usize>,
     /// Lengths of prompts, each computed in one step
     #[arg(long, value_delimiter = ',', default_value = "16,128,512", value_parser = clap::value_parser!(u32).range(1..))]
     prefill: Vec<u32>,
@@ -71,17 +77,15 @@ struct Limits {
 }
 
 impl Limits {
+    /// Those of cores.
     fn measure(file: &Checkpoint, threads: usize) -> Self {
-        let step_bytes = file.sizes().stored - untied_embedding_bytes(file);
+        Self::of(file, limits::read_bytes_per_s(threads, step_bytes(file)), limits::int8_macs_per_s(threads))
+    }
+
+    fn of(file: &Checkpoint, read: f64, int8: Option<f64>) -> Self {
         let cells = |name: &str| file.dims(name).map_or(0, |dims| dims.iter().product());
         let head = if file.has(HEAD) { HEAD } else { EMBEDDING };
-        Self {
-            read: limits::read_bytes_per_s(threads, step_bytes),
-            step_bytes,
-            int8: limits::int8_macs_per_s(threads),
-            token_macs: layers_macs(file),
-            head_macs: cells(head),
-        }
+        Self { read, step_bytes: step_bytes(file), int8, token_macs: layers_macs(file), head_macs: cells(head) }
     }
 
     /// One sequence can decode no faster than its weights come from memory.
@@ -105,6 +109,11 @@ impl Limits {
 
 const EMBEDDING: &str = "token_embd.weight";
 const HEAD: &str = "output.weight";
+
+/// Bytes of weights that one step reads.
+fn step_bytes(file: &Checkpoint) -> usize {
+    file.sizes().stored - untied_embedding_bytes(file)
+}
 
 /// Of an embedding that is not the head too, a step reads single rows.
 fn untied_embedding_bytes(file: &Checkpoint) -> usize {
@@ -230,12 +239,22 @@ fn json(prefill: &[Rates], decode: &[Rates], limits: &Limits, model: &dyn Model,
     })
 }
 
+/// The model on what is asked for, and the limits of that.
+fn load(file: &Checkpoint, args: &Args, threads: usize) -> Result<(Box<dyn Model>, Limits), Box<dyn Error>> {
+    #[cfg(feature = "cuda")]
+    if let Some(index) = args.gpu {
+        let gpu = Gpu::open(index)?;
+        let limits = Limits::of(file, gpu.copied_bytes_per_s()?, None);
+        return Ok((model::load(file, Cuda::new(gpu), capacity(args))?, limits));
+    }
+    Ok((model::load(file, Cpu::new(threads), capacity(args))?, Limits::measure(file, threads)))
+}
+
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
     let path = Store::open(&Store::default_data_dir()?).locate(&args.model)?;
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
     let file = Checkpoint::open(&path)?;
-    let model = model::load(&file, Cpu::new(threads), capacity(&args))?;
-    let limits = Limits::measure(&file, threads);
+    let (model, limits) = load(&file, &args, threads)?;
     let (prefill, decode) = (args.prefill.clone(), args.decode.clone());
     let mut bench = Bench { model, args };
     let prefill: Vec<Rates> = prefill.into_iter().map(|tokens| bench.prefill(tokens)).collect();

@@ -61,6 +61,8 @@ pub struct NodeConfig {
     pub site: SiteName,
     /// Share in round-robin.
     pub weight: u32,
+    /// What it computes on.
+    pub device: DeviceConfig,
     /// Sizes and bounds of the engine.
     pub engine: EngineLimits,
     /// Bounds of a request.
@@ -97,6 +99,21 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Only clients with a certificate of this CA are served.
     pub client_ca: Option<PathBuf>,
+}
+
+/// `device`: what the node computes on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DeviceConfig {
+    /// This machine's cores.
+    Cpu,
+    /// An NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda {
+        /// `gpu`: which, as the driver counts them from 0.
+        gpu: usize,
+        /// `gpu_memory_utilization`: the share of its memory that models may take, weights, keys and values.
+        memory_share: f64,
+    },
 }
 
 /// Sizes and bounds of the engine.
@@ -193,7 +210,6 @@ impl NodeConfig {
         let listen = r.parse("listen").unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 18800)));
         let tls = TlsFiles::read(&r.section("tls"));
         refuse_open_listener(&r, listen, tls.as_ref());
-        refuse_missing_cuda(&r);
         let mut engine = EngineLimits::read(&r);
         let request = RequestLimits::read(&r, &mut engine);
         Self {
@@ -210,6 +226,7 @@ impl NodeConfig {
             color: r.parse("color").unwrap_or_else(|| "blue".parse().expect("'blue' is a valid name")),
             site: r.parse("site").unwrap_or_else(|| "local".parse().expect("'local' is a valid name")),
             weight: r.in_range("weight", 1..=1000, 1),
+            device: DeviceConfig::read(&r),
             engine,
             request,
             defaults: Defaults::read(&r.section("defaults")),
@@ -405,13 +422,23 @@ fn refuse_open_listener(r: &Reader<'_>, listen: SocketAddr, tls: Option<&TlsFile
     }
 }
 
-fn refuse_missing_cuda(r: &Reader<'_>) {
-    if r.choice("device", &[("cpu", false), ("cuda", true)], false) {
-        r.problem(
-            "device",
-            "this build has no CUDA support",
-            "use device = \"cpu\"; the CUDA node is not part of this release",
-        );
+impl DeviceConfig {
+    fn read(r: &Reader<'_>) -> Self {
+        let wants_cuda = r.choice("device", &[("cpu", false), ("cuda", true)], false);
+        let gpu = r.in_range("gpu", 0..=1024, 0usize);
+        let memory_share = r.in_range("gpu_memory_utilization", 0.05..=1.0, 0.9);
+        match wants_cuda {
+            false => Self::Cpu,
+            #[cfg(feature = "cuda")]
+            true => Self::Cuda { gpu, memory_share },
+            #[cfg(not(feature = "cuda"))]
+            true => {
+                let _ = (gpu, memory_share);
+                let fix = "use device = \"cpu\", or a build with CUDA (`make cuda-build`)";
+                r.problem("device", "this build has no CUDA support", fix);
+                Self::Cpu
+            }
+        }
     }
 }
 

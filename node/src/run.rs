@@ -78,7 +78,7 @@ impl RunError {
 pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: Shutdown) -> Result<(), RunError> {
     let metrics = Metrics::new(config.models.iter().map(|model| model.name.as_str()))
         .map_err(|e| RunError::Internal(e.to_string()))?;
-    let models = Models::new(&config);
+    let models = Models::new(&config)?;
     // read while the model loads, so that a node that is to be drained never announces itself
     let wishes = Wishes::new(registry.drained(&config.id).await);
     let app = Arc::new(App { models, metrics, duties: Duties::default(), wishes, started: Instant::now(), config });

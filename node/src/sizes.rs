@@ -4,9 +4,6 @@ use tracing::info;
 
 use crate::{config::EngineLimits, kv::BLOCK_TOKENS, machine::Memory, model::Capacity, weights::LoadError};
 
-/// Share of the available memory that the KV cache takes when the configuration names none: one part of so many.
-const KV_SHARE_OF_MEMORY: u64 = 8;
-
 /// A size, and where it comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Size {
@@ -33,10 +30,12 @@ pub(crate) struct Wish<'a> {
     /// Bytes of one block in all layers.
     pub(crate) block_bytes: usize,
     pub(crate) memory: Memory,
+    /// Which part of the memory the cache takes when the configuration names none: one of so many.
+    pub(crate) cache_share: u64,
 }
 
 impl Wish<'_> {
-    /// Sizes from the configuration, or sane ones from the machine: an eighth of the free memory for keys and values, but no less than
+    /// Sizes from the configuration, or sane ones from the machine: a share of the free memory for keys and values, but no less than
     /// one sequence of full length, and no more than a whole batch of them.
     ///
     /// # Errors
@@ -75,11 +74,16 @@ impl Wish<'_> {
         let fit = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX) / self.block_bytes.max(1);
         let blocks = match self.limits.kv_cache_bytes {
             Some(bytes) => fit(bytes),
-            None => fit(self.memory.bytes / KV_SHARE_OF_MEMORY)
-                .clamp(least, least.saturating_mul(self.limits.batch_size_max)),
+            None => {
+                fit(self.memory.bytes / self.cache_share).clamp(least, least.saturating_mul(self.limits.batch_size_max))
+            }
         };
         // a slot's number must fit 32 bits
         blocks.min(u32::MAX as usize / BLOCK_TOKENS)
+    }
+
+    fn part(&self) -> String {
+        if self.cache_share == 1 { String::new() } else { format!("1/{} of ", self.cache_share) }
     }
 
     fn mib(&self, blocks: usize) -> u64 {
@@ -100,12 +104,12 @@ impl Wish<'_> {
         let mut why = match self.limits.kv_cache_bytes {
             Some(_) => "configured".into(),
             None if blocks == least => {
-                "one sequence of full length, which is more than an eighth of the free memory".into()
+                format!("one sequence of full length, which is more than {}the free memory", self.part())
             }
             None if blocks == least.saturating_mul(self.limits.batch_size_max) => {
                 "a whole batch of sequences of full length".into()
             }
-            None => format!("an eighth of {} MiB, {}", self.memory.bytes >> 20, self.memory.bound),
+            None => format!("{}{} MiB, {}", self.part(), self.memory.bytes >> 20, self.memory.bound),
         };
         why += &format!("; {blocks} blocks of {BLOCK_TOKENS} tokens in {}", capacity.kv_dtype.name());
         Size { key: "kv_cache_memory", value: blocks as u64 * self.block_bytes as u64, why }
@@ -123,7 +127,7 @@ mod tests {
         let raw = Raw::from_toml(&format!("[node]\nmax_batch_size = 4\n{lines}"), "t").unwrap();
         let limits = raw.check(NodeConfig::read).unwrap().engine;
         let memory = Memory { bytes: free_mib << 20, bound: "the machine's free memory" };
-        let wish = Wish { limits: &limits, model_context: 1024, block_bytes: 1 << 20, memory };
+        let wish = Wish { limits: &limits, model_context: 1024, block_bytes: 1 << 20, memory, cache_share: 8 };
         wish.capacity().map_err(|e| e.to_string())
     }
 

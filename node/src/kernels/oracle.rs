@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::{
     Backend, KvDtype,
     cpu::{Cpu, isa::Isa},
-    cuda::{Cuda, emulated::Emulated},
+    cuda::{Cuda, Device, emulated::Emulated},
     reference::Reference,
 };
 use crate::{
@@ -106,17 +106,38 @@ fn compare(what: &str, file: &Checkpoint, tolerance: f32) {
         let error = error(&found, &expected);
         assert!(error < tolerance, "{what} on {}: relative error {error}", isa.name());
     }
-    // the tokens in one step, and the last one alone
-    for cuts in [&[][..], &[39]] {
-        let found = logits(&mut *load(file, emulated()), &tokens, cuts, &[3, 5]);
-        let error = error(&found, &expected);
-        assert!(error < 2e-2, "{what} on CUDA's kernels: relative error {error}");
+    compare_on_cuda(&Arc::new(Emulated::default()), what, file, &tokens, &expected);
+}
+
+/// The tokens in one step, and the last one alone.
+fn compare_on_cuda<D: Device>(device: &Arc<D>, what: &str, file: &Checkpoint, tokens: &[u32], expected: &[f32]) {
+    for cuts in [&[][..], &[tokens.len() - 1]] {
+        let found = logits(&mut *load(file, Cuda::new(device.clone())), tokens, cuts, &[3, 5]);
+        let error = error(&found, expected);
+        assert!(error < 2e-2, "{what} on {}: relative error {error}", device.class());
     }
 }
 
-/// The CUDA form, on a CPU in a GPU's place.
-fn emulated() -> Cuda<Emulated> {
-    Cuda::new(Arc::new(Emulated::default()))
+/// What the emulated device shows in every test run, on a real one.
+#[cfg(feature = "cuda")]
+#[test]
+#[ignore = "needs a GPU: benches/gpu/run.sh runs it"]
+fn whole_models_on_a_gpu_are_close_to_the_reference() {
+    let gpu = super::cuda::driver::Gpu::open(0).unwrap();
+    // enough tokens for the products of many rows
+    let tokens: Vec<u32> = (0..100).map(|i| i * 29 % 64).collect();
+    for arch in Architecture::ALL {
+        for dtype in [GgmlDType::BF16, GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q5_1, GgmlDType::Q8_0] {
+            let file = tiny::model(arch, 7, dtype);
+            let expected = logits(&mut *load(&file, Reference), &tokens, &[], &[]);
+            compare_on_cuda(&gpu, &format!("{} {dtype:?}", arch.name()), &file, &tokens, &expected);
+        }
+    }
+    for dtype in [GgmlDType::Q4K, GgmlDType::Q5K, GgmlDType::Q6K] {
+        let file = Tiny::new(Architecture::Llama).wide().build(7, dtype);
+        let expected = logits(&mut *load(&file, Reference), &tokens, &[], &[]);
+        compare_on_cuda(&gpu, &format!("{dtype:?}"), &file, &tokens, &expected);
+    }
 }
 
 proptest! {

@@ -7,15 +7,14 @@ use tracing::info;
 
 use super::{
     Loaded,
+    compute::Compute,
     turns::{InTurn, Turns},
 };
 use crate::{
     config::{EngineLimits, ModelConfig, NodeConfig},
     engine::{Draft, Engine, EngineConfig},
     guide::Guides,
-    kernels::{Backend, cpu::Cpu},
     kv::BLOCK_TOKENS,
-    machine::Memory,
     model::{self, Capacity, Model as _, Plan, Shape},
     models::{ModelError, ModelRef, Store},
     sched::Limits,
@@ -79,7 +78,12 @@ pub(super) struct Measured {
 
 impl Measured {
     /// Opens the model's file, and works out its sizes; `bytes_max` is what all models together may take.
-    pub(super) fn open(node: &NodeConfig, config: ModelConfig, bytes_max: u64) -> Result<Self, ServeError> {
+    pub(super) fn open(
+        node: &NodeConfig,
+        compute: &Compute,
+        config: ModelConfig,
+        bytes_max: u64,
+    ) -> Result<Self, ServeError> {
         let path = Store::open(&node.data_dir).locate(&config.model)?;
         let quantize = config.quantize.unwrap_or(node.quantize);
         let checkpoint = Checkpoint::open(&path)?.quantized(quantize)?;
@@ -87,10 +91,11 @@ impl Measured {
         let (stored_mib, weights_mib) = (mib(sizes.stored), mib(sizes.loaded));
         info!(model = config.name, stored_mib, weights_mib, quantize = quantize.name(), "weights");
         let shape = Plan::read(&checkpoint)?.shape;
-        let capacity = capacity::<Cpu>(&limits(node, &config), &shape, bytes_max)?;
-        let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
+        let capacity = capacity(compute, &limits(node, &config), &shape, sizes.loaded as u64, bytes_max)?;
+        let cache = capacity.blocks as u64 * compute.block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
         let mut bytes = (sizes.loaded as u64).saturating_add(cache);
-        let draft = config.draft.as_ref().map(|draft| open_draft(node, draft, quantize, capacity)).transpose()?;
+        let draft =
+            config.draft.as_ref().map(|draft| open_draft(node, compute, draft, quantize, capacity)).transpose()?;
         let draft = draft.map(|(checkpoint, capacity, draft_bytes)| {
             bytes = bytes.saturating_add(draft_bytes);
             (checkpoint, capacity)
@@ -104,11 +109,16 @@ impl Measured {
     }
 
     /// Loads the model and starts its engine thread.
-    pub(super) fn load(self, node: &NodeConfig, turns: &Turns) -> Result<(Loaded, JoinHandle<()>), ServeError> {
+    pub(super) fn load(
+        self,
+        node: &NodeConfig,
+        compute: &Compute,
+        turns: &Turns,
+    ) -> Result<(Loaded, JoinHandle<()>), ServeError> {
         let Self { config, checkpoint, capacity, draft, .. } = self;
         let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
         let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
-        let model = model::load(&checkpoint, Cpu::new(node.engine.threads), capacity)?;
+        let model = compute.load(&checkpoint, capacity)?;
         let mut model = InTurn { model, turns: turns.clone() };
         let (device, width) = (model.device_class(), model.width());
         warm_up(&mut model, &tokenizer, capacity.context);
@@ -121,7 +131,7 @@ impl Measured {
             blocks: capacity.blocks,
             speculation: node.engine.speculation,
         };
-        let draft = draft.map(|draft| load_draft(&config, draft, &tokenizer, node, turns)).transpose()?;
+        let draft = draft.map(|draft| load_draft(&config, draft, &tokenizer, compute, turns)).transpose()?;
         let (engine, thread) = Engine::start(Box::new(model), draft, engine);
         let end_tokens = tokenizer.end_tokens().into();
         let guides = Guides::new(tokenizer.clone());
@@ -135,6 +145,7 @@ impl Measured {
 /// its weights, keys and values.
 fn open_draft(
     node: &NodeConfig,
+    compute: &Compute,
     draft: &ModelRef,
     quantize: Quantize,
     of: Capacity,
@@ -143,7 +154,7 @@ fn open_draft(
     let checkpoint = Checkpoint::open(&path)?.quantized(quantize)?;
     let shape = Plan::read(&checkpoint)?.shape;
     let capacity = Capacity { context: of.context.min(shape.context), ..of };
-    let cache = capacity.blocks as u64 * Cpu::block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
+    let cache = capacity.blocks as u64 * compute.block_bytes(shape.cache(1, capacity.kv_dtype)) as u64;
     let bytes = (checkpoint.sizes().loaded as u64).saturating_add(cache);
     info!(draft_model = %draft, memory_mib = bytes.div_ceil(1 << 20), "draft model");
     Ok((checkpoint, capacity, bytes))
@@ -153,12 +164,12 @@ fn load_draft(
     config: &ModelConfig,
     (checkpoint, capacity): (Checkpoint, Capacity),
     tokenizer: &Tokenizer,
-    node: &NodeConfig,
+    compute: &Compute,
     turns: &Turns,
 ) -> Result<Draft, ServeError> {
     let own = Tokenizer::from_checkpoint(&checkpoint)?;
     check_vocabulary(&config.name, tokenizer, &own)?;
-    let model = model::load(&checkpoint, Cpu::new(node.engine.threads), capacity)?;
+    let model = compute.load(&checkpoint, capacity)?;
     let mut model = InTurn { model, turns: turns.clone() };
     warm_up(&mut model, &own, capacity.context);
     Ok(Draft { model: Box::new(model), capacity })
@@ -192,14 +203,18 @@ fn limits(node: &NodeConfig, model: &ModelConfig) -> EngineLimits {
     }
 }
 
-/// Sizes from the configuration and the machine, each printed with its reason.
-fn capacity<B: Backend>(limits: &EngineLimits, shape: &Shape, bytes_max: u64) -> Result<Capacity, LoadError> {
-    let mut memory = Memory::available();
-    if bytes_max < memory.bytes {
-        memory = Memory { bytes: bytes_max, bound: "node.models_memory" };
-    }
-    let block_bytes = B::block_bytes(shape.cache(1, limits.kv_dtype));
-    let (capacity, found) = sizes::Wish { limits, model_context: shape.context, block_bytes, memory }.capacity()?;
+/// Sizes from the configuration and the device, each printed with its reason.
+fn capacity(
+    compute: &Compute,
+    limits: &EngineLimits,
+    shape: &Shape,
+    weight_bytes: u64,
+    bytes_max: u64,
+) -> Result<Capacity, LoadError> {
+    let (memory, cache_share) = compute.cache_memory(weight_bytes, bytes_max);
+    let block_bytes = compute.block_bytes(shape.cache(1, limits.kv_dtype));
+    let wish = sizes::Wish { limits, model_context: shape.context, block_bytes, memory, cache_share };
+    let (capacity, found) = wish.capacity()?;
     limits.sizes.iter().chain(&found).for_each(sizes::Size::print);
     Ok(capacity)
 }

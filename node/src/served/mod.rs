@@ -5,6 +5,7 @@
 //! last byte, so nothing that happens to the table ends a running answer; a model's memory is free when its engine thread has ended,
 //! and only then counts as free.
 
+mod compute;
 mod load;
 mod report;
 mod table;
@@ -26,10 +27,10 @@ use crate::{
     config::{LoadWhen, ModelConfig, NodeConfig},
     engine::Engine,
     guide::Guides,
-    machine::Memory,
     text,
     weights::Recommended,
 };
+use compute::Compute;
 use load::Measured;
 use table::{Asked, Room, State, Table};
 use turns::Turns;
@@ -40,9 +41,6 @@ pub use table::{Refusal, Unaddable, Unloadable};
 
 /// Taken for the context of a model whose file has not been read.
 const CONTEXT_UNKNOWN: usize = 1 << 15;
-
-/// Of the machine's available memory at start, the share that models may take when the configuration does not say: seven eighths.
-const MODELS_SHARE_OF_MEMORY: (u64, u64) = (7, 8);
 
 /// What stands once a model is loaded.
 pub struct Loaded {
@@ -76,6 +74,7 @@ pub struct Models {
 
 struct Shared {
     config: NodeConfig,
+    compute: Compute,
     inner: Mutex<Inner>,
     /// Counts changes of the table, for those who wait for one.
     changed: watch::Sender<u64>,
@@ -92,18 +91,22 @@ struct Inner {
 
 impl Models {
     /// Nothing loaded yet.
-    pub fn new(config: &NodeConfig) -> Self {
-        let (share, of) = MODELS_SHARE_OF_MEMORY;
-        let bytes_max = config.models_bytes.unwrap_or_else(|| Memory::available().bytes / of * share);
+    ///
+    /// # Errors
+    /// When what to compute on cannot be had.
+    pub fn new(config: &NodeConfig) -> Result<Self, ServeError> {
+        let compute = Compute::open(config)?;
+        let bytes_max = config.models_bytes.unwrap_or_else(|| compute.memory().bytes);
         info!(models = config.models.len(), models_memory = %ByteSize(bytes_max), "models");
         let inner = Inner { table: Table::new(&config.models, bytes_max), engines: HashMap::new(), started: false };
         let shared = Shared {
             config: config.clone(),
+            compute,
             inner: Mutex::new(inner),
             changed: watch::Sender::new(0),
             turns: Turns::default(),
         };
-        Self { shared: Arc::new(shared) }
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Loads what is to stand before the node is ready, one after the other.
@@ -192,10 +195,10 @@ impl Models {
     async fn load(&self, model: ModelConfig) -> Result<(Loaded, JoinHandle<()>), ServeError> {
         let (name, shared) = (model.name.clone(), self.shared.clone());
         let bytes_max = self.lock().table.bytes_max();
-        let measured = aside(move || Measured::open(&shared.config, model, bytes_max)).await?;
+        let measured = aside(move || Measured::open(&shared.config, &shared.compute, model, bytes_max)).await?;
         self.make_room(&name, &measured).await?;
         let shared = self.shared.clone();
-        aside(move || measured.load(&shared.config, &shared.turns)).await
+        aside(move || measured.load(&shared.config, &shared.compute, &shared.turns)).await
     }
 
     async fn make_room(&self, name: &str, measured: &Measured) -> Result<(), ServeError> {

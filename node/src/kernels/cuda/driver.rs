@@ -6,6 +6,7 @@ use std::{
     ffi::{CStr, c_void},
     ptr::{from_ref, null_mut},
     sync::{Arc, Mutex},
+    time::Instant,
 };
 
 use cudarc::{
@@ -135,6 +136,31 @@ impl Gpu {
     pub fn memory(&self) -> Result<(usize, usize), GpuError> {
         self.here();
         Ok(result::mem_get_info()?)
+    }
+
+    /// Bytes per second that pass through its memory, read and written together, as it copies a GiB: what bounds a step that reads
+    /// every weight once.
+    ///
+    /// # Errors
+    /// What the driver says, as when there is no room for two GiB.
+    pub fn copied_bytes_per_s(&self) -> Result<f64, GpuError> {
+        const BYTES: usize = 1 << 30;
+        const COPIES: usize = 20;
+        self.here();
+        // SAFETY: both places hold as many bytes, and nothing uses them after the stream is done
+        unsafe {
+            let (from, to) = (result::malloc_sync(BYTES)?, result::malloc_sync(BYTES)?);
+            let copy = || result::memcpy_dtod_async(to, from, BYTES, self.stream);
+            copy()?;
+            result::stream::synchronize(self.stream)?;
+            let began = Instant::now();
+            (0..COPIES).try_for_each(|_| copy())?;
+            result::stream::synchronize(self.stream)?;
+            let rate = (2 * BYTES * COPIES) as f64 / began.elapsed().as_secs_f64();
+            result::free_sync(from)?;
+            result::free_sync(to)?;
+            Ok(rate)
+        }
     }
 
     /// Makes its context this thread's own.

@@ -19,7 +19,7 @@ use crate::{
 const OUTPUTS: usize = 16;
 
 /// Inputs of a tile, which share a scale.
-const GROUP: usize = 32;
+pub(super) const GROUP: usize = 32;
 
 /// Lanes of a warp.
 const LANES: usize = 32;

@@ -28,6 +28,9 @@ use crate::{batch::Batch, kv::BLOCK_TOKENS, weights::Weight};
 const ATTENTION_WARPS: usize = 4;
 const ATTENTION_THREADS: u32 = 128;
 
+/// What the inputs of every matrix must be a multiple of.
+pub const INPUTS_MULTIPLE: usize = matrix::GROUP;
+
 /// The widest head that the kernels take.
 pub const HEAD_MAX: usize = 256;
 

@@ -11,7 +11,7 @@ use crate::{
     kernels::{
         Backend, CacheShape, HeadNorms, Norm, Rope,
         cpu::Cpu,
-        cuda::{Cuda, emulated::Emulated},
+        cuda::{Cuda, Device, emulated::Emulated},
         reference::Reference,
     },
     kv::BLOCK_TOKENS,
@@ -183,12 +183,33 @@ proptest! {
         cuts.push(long - 1);
         cuts.sort_unstable();
         cuts.dedup();
-        let steps = case.cut_at(&cuts);
-        let expected = case.run(Reference, &steps);
-        let found = case.run(Cuda::new(Arc::new(Emulated::default())), &steps);
-        let error = error(&found, &expected);
-        prop_assert!(error < if case.dtype == KvDtype::F16 { 6e-3 } else { 3e-2 }, "{}: relative error {error}", case.dtype.name());
+        compare_on_cuda(&Arc::new(Emulated::default()), &case, &case.cut_at(&cuts))?;
     }
+}
+
+#[cfg(feature = "cuda")]
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    #[ignore = "needs a GPU: benches/gpu/run.sh runs it"]
+    fn attention_on_a_gpu_is_close_to_the_reference(
+        case in Case::strategy(SIZES.1),
+        mut cuts in prop::collection::vec(1usize..CONTEXT, 0..6),
+    ) {
+        cuts.sort_unstable();
+        cuts.dedup();
+        compare_on_cuda(&crate::kernels::cuda::driver::Gpu::open(0).unwrap(), &case, &case.cut_at(&cuts))?;
+    }
+}
+
+fn compare_on_cuda<D: Device>(device: &Arc<D>, case: &Case, steps: &[Step]) -> Result<(), TestCaseError> {
+    let expected = case.run(Reference, steps);
+    let found = case.run(Cuda::new(device.clone()), steps);
+    let error = error(&found, &expected);
+    let tolerance = if case.dtype == KvDtype::F16 { 6e-3 } else { 3e-2 };
+    prop_assert!(error < tolerance, "{} on {}: relative error {error}", case.dtype.name(), device.class());
+    Ok(())
 }
 
 proptest! {
