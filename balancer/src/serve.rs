@@ -57,10 +57,8 @@ pub(crate) struct Edge {
 /// How a request left its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ended {
-    /// The answer is whole; another request may follow.
+    /// The answer's body has ended, if need be with an error; another request may follow.
     Whole,
-    /// The answer is as whole as it gets; the connection must close.
-    Close,
     /// Nobody is there any more.
     ClientGone,
 }
@@ -202,13 +200,9 @@ impl Edge {
     }
 
     async fn finish(&self, mut session: ServerSession, ended: Ended) -> Option<ReusedHttpStream> {
-        match ended {
-            Ended::ClientGone => {
-                session.shutdown().await;
-                return None;
-            }
-            Ended::Close => session.set_keepalive(None),
-            Ended::Whole => {}
+        if ended == Ended::ClientGone {
+            session.shutdown().await;
+            return None;
         }
         let mut settings = HttpPersistentSettings::for_session(&session);
         settings.set_user_context(Box::new(Reused));

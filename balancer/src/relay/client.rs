@@ -130,9 +130,7 @@ impl<'a> Client<'a> {
         let (name, data) = error.to_event_at(self.session.req_header().uri.path());
         let mut out = Vec::new();
         event::write(&mut out, None, name, Some(data.to_string().as_bytes()));
-        match self.session.write_response_body(out.into(), true).await {
-            Ok(()) => Ended::Close,
-            Err(_) => Ended::ClientGone,
-        }
+        // the body ends as HTTP wants it, so the connection may serve the next request
+        self.session.write_response_body(out.into(), true).await.into()
     }
 }

@@ -1,12 +1,12 @@
-//! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded: four bytes for each token, and at
-//! most twice that while a list grows.
+//! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded: four bytes for each token, at
+//! most twice that while a list grows, and nothing any more for a stream longer than [`TOKENS_MAX`].
 
 use tidegate_common::contract::Resume;
 
 use crate::body::CHOICES_MAX;
 
-/// Most tokens remembered for one request, about a megabyte; a longer stream goes on but can no longer change its node.
-const TOKENS_MAX: usize = 1 << 18;
+/// Most tokens remembered for one request, a megabyte; a longer stream goes on but can no longer change its node.
+pub(crate) const TOKENS_MAX: usize = 1 << 18;
 
 /// Delivered tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,8 @@ impl Delivered {
         self.total += tokens.len();
         if self.overflowed || self.total > TOKENS_MAX {
             self.overflowed = true;
+            // a part of them is of no use
+            self.choices = Vec::new();
             return Ok(());
         }
         let choice = choice as usize;
@@ -101,6 +103,6 @@ mod tests {
         assert!(delivered.is_complete());
         delivered.add(0, TOKENS_MAX as u32, &[1]).unwrap();
         assert!(!delivered.is_complete());
-        assert_eq!(delivered.choices[0].len(), TOKENS_MAX);
+        assert_eq!((delivered.total(), delivered.choices.capacity()), (TOKENS_MAX + 1, 0));
     }
 }

@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout};
 use super::{
     Journey, Loss, Relay,
     client::{Client, Interrupt},
+    delivered::TOKENS_MAX,
     request::Generation,
 };
 use crate::{
@@ -78,6 +79,9 @@ impl Relay {
     fn turn(&self, client: &Client<'_>, record: &mut Record, generation: &Generation, journey: &Journey) -> Turn {
         let is_resuming = journey.is_resuming(client);
         let losses_max = if is_resuming { self.rules.resumes_max } else { self.rules.resumes_max.max(1) };
+        if is_resuming && self.rules.resumes_max > 0 && journey.is_too_long() {
+            return Turn::Never(too_long());
+        }
         if journey.suspicious > losses_max || (is_resuming && !self.may_resume(journey)) {
             return Turn::Never(journey.error());
         }
@@ -120,6 +124,12 @@ impl Relay {
     }
 }
 
+/// The tokens that the client has had are more than the edge remembers.
+fn too_long() -> ApiError {
+    let message = format!("the node was lost, and a stream of more than {TOKENS_MAX} tokens cannot go on at another");
+    ApiError::new(ErrorKind::BadGateway, "stream_too_long", message)
+}
+
 /// No upstream of the model knows an API that is Tidegate's own.
 fn not_abroad(generation: &Generation, model: &str) -> ApiError {
     let message = format!("'{model}' is served by upstreams that do not have {} here", generation.path);
@@ -138,6 +148,11 @@ impl Journey {
     /// What to say when nobody could go on.
     fn error(&self) -> ApiError {
         self.last.map_or_else(|| route::nobody_ready("no node is ready now"), Loss::error)
+    }
+
+    /// Whether it was to be remembered, and grew beyond that.
+    fn is_too_long(&self) -> bool {
+        self.delivered.total() > TOKENS_MAX
     }
 
     /// Whether waiting may help: a node that was known to be away can come back.

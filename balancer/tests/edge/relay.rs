@@ -6,7 +6,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 use tidegate_common::contract::event;
 
-use crate::support::{Act, CHAT, House, MODEL, Seen, chat, end, good, silent, texts, tokens};
+use crate::support::{Act, CHAT, House, MODEL, Seen, chat, end, good, raw, silent, texts, tokens};
 
 fn resume(seen: &Seen) -> Value {
     seen.json().get("tidegate_resume").cloned().unwrap_or(Value::Null)
@@ -186,6 +186,36 @@ async fn when_nobody_can_go_on_the_stream_ends_with_an_error_event() {
         house.asked().await;
     }
     assert!(house.news.try_recv().is_err(), "one beginning and two resumes, no more");
+}
+
+#[tokio::test]
+async fn a_stream_too_long_to_be_remembered_goes_on_but_not_elsewhere() {
+    const TOKENS_MAX: usize = 262_144;
+    let long = || vec![Act::Head, silent(0, &vec![7; TOKENS_MAX]), tokens(TOKENS_MAX as u32, &[8], "a")];
+    for (last, expected) in [(end("[DONE]"), "[DONE]"), (Act::Kill, "\"code\":\"stream_too_long\"}}")] {
+        let mut house = House::with_nodes(2).await;
+        first(&house, [long(), vec![last, Act::Finish]].concat());
+        let (status, text) = house.ask(&chat(true)).await;
+        assert!(status == 200 && text.trim_end().ends_with(expected), "{text}");
+        house.asked().await;
+        assert!(house.news.try_recv().is_err(), "the other node was not asked");
+    }
+}
+
+#[tokio::test]
+async fn after_an_error_event_the_connection_serves_the_next_request() {
+    let house = House::with(1, "[balancer.relay]\nmax_resumes = 0").await;
+    house.nodes[0].script(vec![Act::Head, tokens(0, &[1], "a"), Act::Kill]);
+    let body = chat(true).to_string();
+    let request =
+        |more: &str| format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\n{more}content-length: {}\r\n\r\n{body}", body.len());
+    let both = request("") + &request("connection: close\r\n");
+    let answers = raw(house.address, both.as_bytes()).await;
+    let (failed, whole) =
+        answers.split_once("\r\n0\r\n\r\nHTTP/1.1 200").expect("the first body ends, another answer follows");
+    assert!(failed.contains("node_lost") && !failed.contains("[DONE]"), "{failed}");
+    assert!(!failed.to_ascii_lowercase().contains("connection: close"), "{failed}");
+    assert!(whole.contains("[DONE]") && whole.ends_with("0\r\n\r\n"), "{whole}");
 }
 
 #[tokio::test]
