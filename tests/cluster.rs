@@ -22,6 +22,7 @@ mod hosts;
 mod batching;
 mod fair;
 mod models;
+mod deadline;
 mod drain;
 mod api;
 mod bad_input;

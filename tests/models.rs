@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::{future::join_all, join};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
 use crate::support::{
     LOADING, MODEL,
@@ -30,6 +30,20 @@ load = "first_use"
 [[node.models]]
 model = "smollm2-135m"
 name = "third"
+load = "first_use"
+"#;
+
+/// One of them fits.
+const ONE_AT_A_TIME: &str = r#"
+threads = 1
+models_memory = "200MiB"
+max_context = 2048
+kv_cache_memory = "64MiB"
+[[node.models]]
+model = "smollm2-135m"
+[[node.models]]
+model = "smollm2-135m"
+name = "second"
 load = "first_use"
 "#;
 
@@ -119,6 +133,49 @@ async fn models_load_with_their_first_request_and_switch_under_load_without_a_fa
         ["vllm:num_requests_running{model_name=\"smollm2-135m\"}", "tidegate_node_steps_total{model_name=\"second\"}"]
     {
         assert!(metrics.contains(line), "{line} is missing in {metrics}");
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_takes_long_to_load_a_model_is_not_taken_for_lost() {
+    const STALL: Duration = Duration::from_millis(1500);
+    let nodes = [NodePlan { lines: ONE_AT_A_TIME, ..NodePlan::named("n1") }];
+    let balancer = "[balancer.relay]\nstall_timeout = \"1500ms\"";
+    let cluster = Cluster::start(Plan { balancer, ..Plan::new(Registry::Static, &nodes) }).await;
+    let (client, node, address) = (Client::new(), cluster.node("n1"), cluster.node_admin("n1"));
+
+    // the first model goes when its answer has ended, and only then is there room for the second
+    let mut long = chat_stream("Count to a thousand.", 1500);
+    long["ignore_eos"] = true.into();
+    let chats = format!("{node}/v1/chat/completions");
+    let holds = client.stream(&chats, &long, |_| {});
+    let waits = async {
+        until("it answers", LOADING, || async {
+            client.get(&format!("{node}/health")).await.unwrap().body["running"] == 1
+        })
+        .await;
+        let unload = admin(&client, &address, "unload", json!({"name": MODEL}));
+        let asked = async {
+            until("it is on its way out", LOADING, || async {
+                state(&client, &node, MODEL).await.as_deref() == Some("unloading")
+            })
+            .await;
+            let edge = format!("{}/v1/chat/completions", cluster.edge());
+            let (began, body) = (Instant::now(), of("second", chat("Say one word.", 2)));
+            let stream = of("second", chat_stream("Say one word.", 2));
+            let (whole, streamed) = join!(client.post(&edge, &body), client.raw(&edge, "s", &stream, |_| {}));
+            (whole.unwrap(), streamed, began.elapsed())
+        };
+        join!(asked, unload).0
+    };
+    let (held, (whole, streamed, took)) = join!(holds, waits);
+    println!("loaded after {took:?}");
+    assert_eq!(held.end(), End::Whole, "{:?}", held.fault);
+    assert!(took > STALL, "{took:?} is no long time");
+    assert_eq!((whole.status, whole.body["model"].as_str()), (200, Some("second")), "{:?}", whole.body);
+    assert!(streamed.starts_with(": wait\n\n") && streamed.ends_with("data: [DONE]\n\n"), "{streamed}");
+    for metric in ["tidegate_retries_total", "tidegate_resumes_total"] {
+        assert_eq!(client.metric(&cluster.admin(), metric).await, 0.0, "{metric}");
     }
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::{Method, header};
 use pingora::{http::ResponseHeader, protocols::http::ServerSession};
 use tidegate_common::{
-    contract::{ApiError, ErrorKind, headers},
+    contract::{ApiError, ErrorKind, Refusal, headers},
     ids::{NodeId, RequestId},
 };
 
@@ -22,6 +22,13 @@ pub(crate) struct Answer {
 impl Answer {
     pub(crate) fn json(status: u16, body: Bytes) -> Self {
         Self { status, media_type: "application/json".into(), retry_after: None, body }
+    }
+}
+
+impl From<Refusal> for Answer {
+    fn from(refusal: Refusal) -> Self {
+        let retry_after = refusal.retry_after_s.map(|seconds| seconds.to_string());
+        Self { retry_after, ..Self::json(refusal.status, refusal.body.to_string().into()) }
     }
 }
 

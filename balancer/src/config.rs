@@ -80,8 +80,6 @@ pub(crate) struct RelayConfig {
     pub(crate) connect_timeout: Duration,
     /// Silence after which a node counts as lost.
     pub(crate) stall_timeout: Duration,
-    /// The same until the first word of a node that must load the model first.
-    pub(crate) load_timeout: Duration,
     /// How often one stream may change its node after it has begun.
     pub(crate) resumes_max: u32,
     /// How long a request or stream that no node can serve now waits for one that can.
@@ -290,7 +288,6 @@ impl RelayConfig {
         Self {
             connect_timeout: r.duration_or("connect_timeout", Duration::from_secs(1)),
             stall_timeout: r.duration_or("stall_timeout", Duration::from_secs(5)),
-            load_timeout: r.duration_or("load_timeout", Duration::from_secs(120)),
             resumes_max: r.in_range("max_resumes", 0..=100, 3),
             queue_wait: r.get_or("queue_wait", Duration::from_secs(10)),
             moves_per_second: r.in_range("moves_per_second", 1..=1_000_000, 200),

@@ -36,8 +36,6 @@ pub(crate) struct Target {
     /// `host:port`, for the `Host` header.
     pub(crate) authority: String,
     pub(crate) peer: HttpPeer,
-    /// Whether the model is not in its memory, so that the first word may take as long as loading it.
-    pub(crate) must_load: bool,
     /// Whether probes or requests have failed there, so that nothing is to be expected of it.
     pub(crate) is_suspect: bool,
     /// What it takes to ask one that is none of ours.

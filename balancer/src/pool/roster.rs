@@ -276,17 +276,15 @@ impl Roster {
     fn drafts(&self, now: Instant) -> BTreeMap<String, Draft> {
         let mut drafts: BTreeMap<String, Draft> = BTreeMap::new();
         for member in self.members.values() {
-            let target = member.target(false).map(Arc::new);
+            let target = member.target().map(Arc::new);
             let weight = member.record.weight * member.share(self.rules, now);
             for (model, state) in member.models() {
                 let draft = drafts.entry(model.to_owned()).or_default();
                 draft.members += 1;
                 draft.nodes += usize::from(member.foreign.is_none());
                 if let Some(target) = target.as_ref().filter(|_| state.takes_requests()) {
-                    let must_load = state != ModelState::Ready;
-                    let loading = member.target(must_load).filter(|_| must_load).map(Arc::new);
                     let set = if target.is_suspect { &mut draft.failed } else { &mut draft.ready };
-                    set.push((loading.unwrap_or_else(|| Arc::clone(target)), weight));
+                    set.push((Arc::clone(target), weight));
                 }
             }
         }
@@ -373,14 +371,13 @@ impl Member {
         if ramps { rules.ramp(now - self.since.at) } else { RAMP_STEPS }
     }
 
-    fn target(&self, must_load: bool) -> Option<Target> {
+    fn target(&self) -> Option<Target> {
         let peer = self.peer.as_deref().filter(|_| self.state.is_ready() || self.has_failed())?;
         Some(Target {
             id: self.record.id.clone(),
             incarnation: self.incarnation,
             authority: self.record.address.clone(),
             peer: peer.clone(),
-            must_load,
             foreign: self.foreign.clone(),
             is_suspect: !self.state.is_ready(),
         })

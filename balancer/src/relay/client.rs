@@ -7,8 +7,9 @@ use std::{pin::Pin, time::Duration};
 use bytes::Bytes;
 use http::{Version, header};
 use pingora::protocols::http::ServerSession;
+use serde_json::Value;
 use tidegate_common::{
-    contract::{ApiError, event},
+    contract::{ApiError, error_event_at, event},
     ids::{NodeId, RequestId},
 };
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -127,7 +128,13 @@ impl<'a> Client<'a> {
         if !self.begun {
             return answer::refuse(self.session, &self.id, error).await.into();
         }
-        let (name, data) = error.to_event_at(self.session.req_header().uri.path());
+        let body = error.to_json_at(self.session.req_header().uri.path());
+        self.end_with(body).await
+    }
+
+    /// Ends a stream that has begun with an error, given as the body that it would have as a whole answer.
+    pub(crate) async fn end_with(self, error: Value) -> Ended {
+        let (name, data) = error_event_at(self.session.req_header().uri.path(), error);
         let mut out = Vec::new();
         event::write(&mut out, None, name, Some(data.to_string().as_bytes()));
         // the body ends as HTTP wants it, so the connection may serve the next request

@@ -5,7 +5,7 @@
 //! read leave as one piece. Pure; the relay does the reading and writing.
 
 use bytes::{Bytes, BytesMut};
-use tidegate_common::contract::EventId;
+use tidegate_common::contract::{EventId, Refusal, event};
 
 use super::delivered::Delivered;
 
@@ -13,12 +13,21 @@ use super::delivered::Delivered;
 pub(super) const EVENT_BYTES_MAX: usize = 32 << 20;
 
 /// How a stream ends as its node wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Tail {
     /// This was the last event.
     End,
     /// Another node is to go on.
     Handover,
+    /// There is no answer, for this reason.
+    Refused(Box<Refusal>),
+}
+
+/// Events that are for the edge alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Handover,
+    Refused,
 }
 
 /// What one read has finished.
@@ -46,7 +55,7 @@ pub(crate) struct Events {
     id: Option<EventId>,
     /// Whether the unfinished event, or events that wait for an id, have data.
     has_data: bool,
-    handover: bool,
+    word: Option<Word>,
     tail: Option<Tail>,
 }
 
@@ -73,7 +82,7 @@ impl Events {
             return Err(Malformed);
         }
         let bytes = self.out.split_to(std::mem::take(&mut self.finished)).freeze();
-        Ok(Passed { bytes, tail: self.tail })
+        Ok(Passed { bytes, tail: self.tail.clone() })
     }
 
     /// One line with its line feed.
@@ -89,7 +98,11 @@ impl Events {
             return Ok(());
         }
         if let Some(name) = text.strip_prefix(b"event:") {
-            self.handover |= name.trim_ascii() == b"handover";
+            match name.trim_ascii() {
+                b"handover" => self.word = Some(Word::Handover),
+                name if name == event::REFUSED.as_bytes() => self.word = Some(Word::Refused),
+                _ => {}
+            }
         }
         self.has_data |= text.starts_with(b"data:");
         self.out.extend_from_slice(line);
@@ -97,9 +110,12 @@ impl Events {
     }
 
     fn finish_event(&mut self, blank: &[u8], delivered: &mut Delivered) -> Result<(), Malformed> {
-        if self.handover {
+        if let Some(word) = self.word {
+            self.tail = Some(match word {
+                Word::Handover => Tail::Handover,
+                Word::Refused => Tail::Refused(Box::new(refusal(&self.out[self.finished..])?)),
+            });
             self.out.truncate(self.finished);
-            self.tail = Some(Tail::Handover);
             return Ok(());
         }
         match self.id.take() {
@@ -120,6 +136,12 @@ impl Events {
         }
         Ok(())
     }
+}
+
+/// The refusal in the lines of its event.
+fn refusal(lines: &[u8]) -> Result<Refusal, Malformed> {
+    let refusal: Option<Refusal> = last_data(lines).and_then(|data| serde_json::from_slice(data).ok());
+    refusal.filter(|refusal| (400..600).contains(&refusal.status)).ok_or(Malformed)
 }
 
 /// The content of the last `data:` line in whole events, unless it is the mark `[DONE]`.
@@ -226,6 +248,18 @@ mod tests {
             }
             out
         })
+    }
+
+    #[test]
+    fn a_refusal_is_for_the_edge_alone_and_must_be_one() {
+        let of = |data: &str| all(format!("id: 0:0:5\n\nevent: refused\ndata: {data}\n\ndata: x\n\n").as_bytes(), &[]);
+        let (out, delivered, tail) = of(r#"{"status":504,"body":{"error":{}}}"#).unwrap();
+        assert_eq!((out.len(), delivered.total()), (0, 1));
+        let Some(Tail::Refused(refusal)) = tail else { panic!("{tail:?}") };
+        assert_eq!((refusal.status, refusal.retry_after_s), (504, None));
+        for bad in ["", "{}", r#"{"status":200,"body":{}}"#, r#"{"status":700,"body":{}}"#] {
+            assert_eq!(of(bad), Err(Malformed), "{bad}");
+        }
     }
 
     proptest! {

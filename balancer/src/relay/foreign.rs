@@ -199,7 +199,7 @@ mod tests {
         ) {
             let stream = lines.join(if crlf { "\r\n" } else { "\n" });
             let (out, tail) = all(stream.as_bytes(), &[]);
-            prop_assert_eq!(all(stream.as_bytes(), &cuts), (out.clone(), tail));
+            prop_assert_eq!(all(stream.as_bytes(), &cuts), (out.clone(), tail.clone()));
             prop_assert!(stream.as_bytes().starts_with(&out));
             let text = String::from_utf8(out).unwrap();
             let last = text.lines().rfind(|line| !line.is_empty());

@@ -44,6 +44,8 @@ use upstream::{Opened, Upstream};
 
 /// The status of a node that has as many requests as it may.
 const FULL: u16 = 429;
+/// The status of a request whose time is over.
+const LATE: u16 = 504;
 
 /// Carries generations.
 pub(crate) struct Relay {
@@ -250,9 +252,8 @@ impl Relay {
                     record.answered(200);
                     return Ended::Whole;
                 }
-                // a node that refuses to go on has said why to us, and the client's answer has begun already
-                LegEnd::Answered(_) if client.has_begun() => {
-                    return fail(client, record, Loss::Malformed.error()).await;
+                LegEnd::Answered(answer) if client.has_begun() => {
+                    return break_off(client, record, &journey, &answer).await;
                 }
                 LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
                 LegEnd::Busy(answer) => {
@@ -303,13 +304,7 @@ impl Relay {
                 LegEnd::Lost(Loss::Malformed)
             }
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
-            Ok(Ok(Opened::Whole(answer))) if matches!(answer.status, FULL | 503) => LegEnd::Busy(answer),
-            Ok(Ok(Opened::Whole(answer))) if answer.status >= 500 => LegEnd::Lost(Loss::Status(answer.status)),
-            Ok(Ok(Opened::Whole(answer))) if target.foreign.is_some() && is_ours_to_mend(answer.status) => {
-                warn!(node = %target.id, status = answer.status, "the upstream refuses the edge: see its api_key_file and base_url");
-                LegEnd::Lost(Loss::Status(answer.status))
-            }
-            Ok(Ok(Opened::Whole(answer))) => LegEnd::Answered(answer),
+            Ok(Ok(Opened::Whole(answer))) => judge(answer, target),
             Ok(Err(loss)) => LegEnd::Lost(loss),
             Err(interrupt) => interrupt.into(),
         }
@@ -325,6 +320,7 @@ impl Relay {
     ) -> LegEnd {
         let is_foreign = target.foreign.is_some();
         let mut events = Cutter::new(is_foreign);
+        let was_taken = journey.is_taken;
         journey.is_taken |= !is_foreign;
         journey.busy = None;
         loop {
@@ -347,6 +343,10 @@ impl Relay {
             match passed.tail {
                 None => {}
                 Some(Tail::Handover) => return LegEnd::Lost(Loss::Handover),
+                Some(Tail::Refused(refusal)) => {
+                    journey.is_taken = was_taken;
+                    return judge(Answer::from(*refusal), target);
+                }
                 Some(Tail::End) => {
                     if client.end(&target.id).await.is_err() {
                         return Interrupt::ClientGone.into();
@@ -359,6 +359,22 @@ impl Relay {
     }
 }
 
+/// What comes after an answer that is not a stream.
+fn judge(answer: Answer, target: &Target) -> LegEnd {
+    let (status, is_foreign) = (answer.status, target.foreign.is_some());
+    match status {
+        FULL | 503 => LegEnd::Busy(answer),
+        // wherever else it was asked, its time would be over too
+        LATE if !is_foreign => LegEnd::Answered(answer),
+        500.. => LegEnd::Lost(Loss::Status(status)),
+        _ if is_foreign && is_ours_to_mend(status) => {
+            warn!(node = %target.id, status, "the upstream refuses the edge: see its api_key_file and base_url");
+            LegEnd::Lost(Loss::Status(status))
+        }
+        _ => LegEnd::Answered(answer),
+    }
+}
+
 /// Whether a foreign upstream's answer is about what the edge sent of its own, and so nothing for the client.
 fn is_ours_to_mend(status: u16) -> bool {
     matches!(status, 401 | 403 | 300..=399)
@@ -368,6 +384,19 @@ async fn pass_on(client: Client<'_>, record: &mut Record, node: &NodeId, answer:
     record.status = answer.status;
     record.reason = if answer.status < 400 { "ok" } else { "node_refused" };
     client.answer(Some(node), answer).await.into()
+}
+
+/// A node refuses, and the client's answer has begun. Why a stream cannot be taken up there is nothing for the client; that its time is
+/// over is, and whatever is said of a request that has only waited.
+async fn break_off(client: Client<'_>, record: &mut Record, journey: &Journey, answer: &Answer) -> Ended {
+    let is_for_client = answer.status == LATE || !journey.is_resuming(&client);
+    match serde_json::from_slice(&answer.body) {
+        Ok(error) if is_for_client && answer.status >= 400 => {
+            (record.status, record.reason) = (200, "node_refused");
+            client.end_with(error).await
+        }
+        _ => fail(client, record, Loss::Malformed.error()).await,
+    }
 }
 
 async fn interrupted(client: Client<'_>, record: &mut Record, interrupt: Interrupt) -> Ended {

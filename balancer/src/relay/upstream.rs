@@ -63,14 +63,12 @@ impl Upstream {
             Ok(session) => session,
             Err(_) => return Attempt::Lost(Loss::Connect),
         };
-        let patience = if target.must_load { relay.rules.load_timeout } else { relay.rules.stall_timeout };
-        session.set_read_timeout(request.silence.bound(patience));
+        session.set_read_timeout(request.silence.bound(relay.rules.stall_timeout));
         session.set_write_timeout(Some(relay.rules.stall_timeout));
         if let Err(error) = exchange(&mut session, request).await {
             let loss = loss(&error);
             return if reused && loss == Loss::Reset { Attempt::Stale } else { Attempt::Lost(loss) };
         }
-        session.set_read_timeout(request.silence.bound(relay.rules.stall_timeout));
         let Some(head) = session.response_header() else { return Attempt::Lost(Loss::Malformed) };
         if is_stream(head) {
             return Attempt::Opened(Opened::Stream(Box::new(Self { session, target: Arc::clone(target) })));

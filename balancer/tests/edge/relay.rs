@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::{Value, json};
-use tidegate_common::contract::event;
+use tidegate_common::contract::{Refusal, event};
 
 use crate::support::{Act, CHAT, House, MODEL, Seen, chat, end, good, raw, silent, texts, tokens};
 
@@ -143,22 +143,69 @@ async fn a_node_that_falls_silent_is_left() {
 #[tokio::test]
 async fn a_node_that_must_load_the_model_first_gets_its_time() {
     let mut house = House::with(2, "[balancer.relay]\nstall_timeout = \"200ms\"").await;
+    let loading = [Act::Send(event::WAIT.to_vec()), Act::Pause(Duration::from_millis(120))];
     for node in &house.nodes {
         node.say("cold");
-        node.script(vec![
-            Act::Pause(Duration::from_millis(600)),
-            Act::Head,
-            tokens(0, &[1], "a"),
-            end("[DONE]"),
-            Act::Finish,
-        ]);
+        let answer = [tokens(0, &[1], "a"), end("[DONE]"), Act::Finish];
+        node.script([Act::Head].into_iter().chain(loading.iter().cloned().cycle().take(10)).chain(answer).collect());
     }
-    // the edge learns of it with the next probes
-    tokio::time::sleep(Duration::from_millis(300)).await;
     let (_, text) = house.ask(&chat(true)).await;
     assert_eq!(texts(&text), ("a".into(), true));
     house.asked().await;
     assert!(house.news.try_recv().is_err(), "the other node was not made to load as well");
+}
+
+fn refused(status: u16, retry_after_s: Option<u64>) -> Act {
+    let mut out = Vec::new();
+    let body = json!({"error": {"message": "m", "type": "t", "param": null, "code": "why"}});
+    event::write_refusal(&mut out, &Refusal { status, retry_after_s, body });
+    Act::Send(out)
+}
+
+#[tokio::test]
+async fn a_refusal_that_comes_late_is_an_answer_as_long_as_the_client_has_none() {
+    let late = |status| vec![Act::Head, silent(0, &[1]), refused(status, None)];
+    let mut house = House::with_nodes(2).await;
+    first(&house, late(504));
+    let response = house.post(CHAT, &chat(false)).await;
+    assert_eq!((response.status().as_u16(), response.text().await.unwrap().contains("\"why\"")), (504, true));
+    house.asked().await;
+
+    // a stream has begun with a comment, or with more
+    for begun in [Act::Send(event::WAIT.to_vec()), tokens(0, &[1], "a")] {
+        let house = House::with_nodes(1).await;
+        house.nodes[0].script(vec![Act::Head, begun.clone(), refused(504, None)]);
+        let (status, text) = house.ask(&chat(true)).await;
+        assert!(status == 200 && text.ends_with("\"code\":\"why\"}}\n\n") && !text.contains("event:"), "{text}");
+
+        house.nodes[0].script(vec![Act::Head, begun, refused(504, None)]);
+        let answer = house.post("/v1/responses", &json!({"model": MODEL, "stream": true, "input": "x"})).await;
+        let text = answer.text().await.unwrap();
+        assert!(
+            text.ends_with(
+                "event: error\ndata: {\"type\":\"error\",\"code\":\"why\",\"message\":\"m\",\"param\":null}\n\n"
+            ),
+            "{text}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_that_comes_late_moves_a_request_as_one_at_once_would() {
+    for fault in [refused(503, None), refused(429, Some(7)), refused(500, None)] {
+        for stream in [true, false] {
+            let mut house = House::with_nodes(2).await;
+            first(&house, vec![Act::Head, Act::Send(event::WAIT.to_vec()), fault.clone()]);
+            let (status, text) = house.ask(&chat(stream)).await;
+            assert_eq!(status, 200, "{text}");
+            assert!(text.contains("[DONE]") || !stream, "{text}");
+            assert_ne!(house.asked().await.node, house.asked().await.node);
+        }
+    }
+    let house = House::with_nodes(1).await;
+    house.nodes[0].script(vec![Act::Head, refused(429, Some(7))]);
+    let response = house.post(CHAT, &chat(true)).await;
+    assert_eq!((response.status().as_u16(), response.headers()["retry-after"].to_str().unwrap()), (429, "7"));
 }
 
 #[tokio::test]

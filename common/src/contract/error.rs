@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::paths;
@@ -138,20 +139,44 @@ impl ApiError {
 
     /// The last event of a stream of `path` that cannot go on: its name, if it has one, and its data.
     pub fn to_event_at(&self, path: &str) -> (Option<&'static str>, Value) {
-        match path {
-            paths::MESSAGES => (Some("error"), self.to_json_at(path)),
-            paths::RESPONSES => (
-                Some("error"),
-                json!({"type": "error", "code": self.code, "message": self.message, "param": self.param}),
-            ),
-            _ => (None, self.to_json()),
-        }
+        error_event_at(path, self.to_json_at(path))
+    }
+
+    /// The same for a balancer, which may still make any answer of it.
+    pub fn to_refusal_at(&self, path: &str) -> Refusal {
+        Refusal { status: self.status(), retry_after_s: self.retry_after_s(), body: self.to_json_at(path) }
     }
 
     /// The body: `{"error": {"message", "type", "param", "code"}}`.
     pub fn to_json(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind.table().1, "param": self.param, "code": self.code}})
     }
+}
+
+/// The last event of a stream of `path`, of the body that the error would have as a whole answer: its name, if it has one, and its data.
+pub fn error_event_at(path: &str, body: Value) -> (Option<&'static str>, Value) {
+    match path {
+        paths::MESSAGES => (Some("error"), body),
+        paths::RESPONSES => {
+            let Value::Object(error) = &body["error"] else { return (Some("error"), body) };
+            let field = |name| error.get(name).unwrap_or(&Value::Null);
+            let (code, message, param) = (field("code"), field("message"), field("param"));
+            (Some("error"), json!({"type": "error", "code": code, "message": message, "param": param}))
+        }
+        _ => (None, body),
+    }
+}
+
+/// What a node says in the place of an answer when the head of a stream to a balancer is out already.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// The status that the answer would have had, 400 to 599.
+    pub status: u16,
+    /// Its `Retry-After`, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_s: Option<u64>,
+    /// Its body.
+    pub body: Value,
 }
 
 #[cfg(test)]
@@ -174,7 +199,8 @@ mod tests {
         assert_eq!(error.to_json_at(paths::MESSAGES)["error"]["type"], "overloaded_error");
         assert_eq!(error.to_json_at(paths::MESSAGES)["type"], "error");
         assert_eq!(error.to_json_at(paths::RESPONSES), error.to_json());
-        assert_eq!(error.to_event_at(paths::RESPONSES).1["code"], "loading");
+        let event = r#"{"type":"error","code":"loading","message":"wait","param":null}"#;
+        assert_eq!(error.to_event_at(paths::RESPONSES).1.to_string(), event);
         assert_eq!(error.to_event_at(paths::CHAT), (None, error.to_json()));
     }
 }

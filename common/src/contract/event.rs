@@ -4,9 +4,12 @@
 //! and the last event of the stream says `id: end`. The balancer keeps these lines and drops them; `data:` bytes pass untouched.
 //! An event may have an `id:` and no `data:` (a token that makes no text yet). Events with data and no `id:` belong to the next one that has
 //! one, and reach the client with it or not at all: so a token may make several events. `event: handover` asks the balancer to go on elsewhere.
-//! The comment `: wait` says that a waiting request is still alive.
+//! The comment `: wait` says that a waiting request is still alive. `event: refused` says in the place of an answer why there is none, where
+//! the stream's head has gone out before that was known.
 
 use std::{fmt, str::FromStr};
+
+use super::Refusal;
 
 /// Media type of an event stream.
 pub const CONTENT_TYPE: &str = "text/event-stream";
@@ -16,6 +19,9 @@ pub const WAIT: &[u8] = b": wait\n\n";
 
 /// What a node writes to let go of a stream.
 pub const HANDOVER: &[u8] = b"event: handover\ndata: {}\n\n";
+
+/// Name of the event whose data is a [`Refusal`].
+pub const REFUSED: &str = "refused";
 
 /// Data of the last event that the OpenAI API sends to a streaming client.
 pub const DONE: &str = "[DONE]";
@@ -84,6 +90,12 @@ pub fn write(out: &mut Vec<u8>, id: Option<&EventId>, name: Option<&str>, data: 
         out.push(b'\n');
     }
     out.push(b'\n');
+}
+
+/// Appends the event that refuses the request; nothing comes after it.
+pub fn write_refusal(out: &mut Vec<u8>, refusal: &Refusal) {
+    let data = serde_json::to_string(refusal).expect("a refusal can be written as JSON");
+    write(out, None, Some(REFUSED), Some(data.as_bytes()));
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ mod health;
 mod record;
 mod resume;
 
-pub use error::{ApiError, ErrorKind};
+pub use error::{ApiError, ErrorKind, Refusal, error_event_at};
 pub use event::EventId;
 pub use health::{Health, ModelHealth, ModelState, Status};
 pub use record::{KNOWN_MEMBERS_VERSION, KnownMembers, NodeRecord, RECORD_VERSION};

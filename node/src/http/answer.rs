@@ -11,7 +11,7 @@ use std::{
 
 use axum::{
     body::Body,
-    http::{HeaderValue, Request, Response, StatusCode, header},
+    http::{HeaderValue, Request},
     response::IntoResponse,
 };
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, Sleep, sleep, sleep_until},
 };
-use tokio_stream::{StreamMap, wrappers::ReceiverStream};
+use tokio_stream::StreamMap;
 
 use super::{
     App, Reply,
@@ -30,6 +30,7 @@ use super::{
     check,
     choice::{Choice, Said, Step},
     frame::Frame,
+    opening::{self, Opening, WAIT_INTERVAL},
     shape::{self, Head, Shape, Usage},
 };
 use crate::{
@@ -39,9 +40,6 @@ use crate::{
     sample::Logprobs,
     served::Loaded,
 };
-
-/// How often a request that waits shows that it is alive.
-pub(super) const WAIT_INTERVAL: Duration = Duration::from_millis(900);
 
 /// After the deadline, how long a client gets to read the last event.
 const WRITE_GRACE: Duration = Duration::from_secs(1);
@@ -60,13 +58,19 @@ pub(super) async fn serve<B: AskBody>(app: Arc<App>, request: Request<Body>) -> 
     let frame = Frame::read(request.headers(), app.config.request.timeout);
     let path = request.uri().path().to_owned();
     let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived);
-    let mut response = match open::<B>(&app, &frame, request).await {
-        Ok(answer) if frame.wire || answer.stream => answer.with(record).into_stream(),
-        Ok(answer) => answer.with(record).into_json().await,
-        Err(error) => {
+    let mut response = match Opening::begin(&frame, open::<B>(app.clone(), frame.clone(), request)).await {
+        Opening::Done(Ok(answer)) if frame.wire || answer.stream => answer.with(record).into_stream(),
+        Opening::Done(Ok(answer)) => answer.with(record).into_json().await,
+        Opening::Done(Err(error)) => {
             record.refused(&error);
             Reply::refusal(&error, &path).into_response()
         }
+        Opening::Slow(slow) => opening::stream(|balancer| async move {
+            match slow.finish(&app, &balancer).await {
+                Ok(answer) => answer.with(record).send(balancer).await,
+                Err(unopened) => unopened.tell(record, &path, &balancer).await,
+            }
+        }),
     };
     name_request(&mut response, &frame);
     response
@@ -94,9 +98,9 @@ pub(super) async fn read<B: serde::de::DeserializeOwned + Send + 'static>(
 }
 
 /// Reads, checks and submits a request.
-async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>) -> Result<Answer, ApiError> {
+async fn open<B: AskBody>(app: Arc<App>, frame: Frame, request: Request<Body>) -> Result<Answer, ApiError> {
     let path = request.uri().path().to_owned();
-    let (body, loaded) = read(app, frame, request, B::model).await?;
+    let (body, loaded) = read(&app, &frame, request, B::model).await?;
     let (inner, held, its_frame) = (app.clone(), loaded.clone(), frame.clone());
     let valid = aside(move || {
         let head = Head::new(&its_frame, &held.name, &held.device);
@@ -104,7 +108,7 @@ async fn open<B: AskBody>(app: &Arc<App>, frame: &Frame, request: Request<Body>)
     });
     let valid = valid.await?;
     app.refuse_while_draining()?;
-    Answer::submit(app, loaded, path, frame.clone(), valid)
+    Answer::submit(&app, loaded, path, frame, valid)
 }
 
 /// Does `work` on a thread that serves nobody: JSON, templates, tokenizers and grammars take milliseconds.
@@ -259,15 +263,7 @@ impl Answer {
     }
 
     fn into_stream(self) -> axum::response::Response {
-        let (sender, frames) = mpsc::channel::<Bytes>(1);
-        // a task of its own, so that the deadline holds for a client that stops reading too
-        tokio::spawn(self.send(sender));
-        let frames = ReceiverStream::new(frames).map(Ok::<Bytes, std::convert::Infallible>);
-        let mut response = Response::new(Body::from_stream(frames));
-        *response.status_mut() = StatusCode::OK;
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(event::CONTENT_TYPE));
-        response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        response
+        opening::stream(|client| self.send(client))
     }
 
     async fn send(mut self, client: mpsc::Sender<Bytes>) {
@@ -419,14 +415,20 @@ impl Answer {
         self.write_events(|| EventId::End, &events, out);
     }
 
-    /// A balancer goes on elsewhere; a client that came directly, or whose time is over, is told.
+    /// A balancer goes on elsewhere, unless the request's time is over; a client that came directly is told.
     fn write_break(&mut self, outcome: Outcome, out: &mut Vec<u8>) {
         self.end(outcome);
-        if self.frame.wire && !outcome.is_late() {
-            out.extend_from_slice(event::HANDOVER);
-        } else {
+        if !self.frame.wire {
             let (name, data) = outcome.error().to_event_at(&self.path);
-            self.write_events(|| EventId::End, &[shape::Event { name, ..shape::Event::of(&data) }], out);
+            event::write(out, None, name, Some(data.to_string().as_bytes()));
+        } else if outcome.is_late() {
+            let error = outcome.error();
+            if let Some(record) = &mut self.record {
+                record.answered(&error);
+            }
+            event::write_refusal(out, &error.to_refusal_at(&self.path));
+        } else {
+            out.extend_from_slice(event::HANDOVER);
         }
     }
 

@@ -5,6 +5,7 @@ mod frame;
 mod check;
 mod ask;
 mod grammar;
+mod opening;
 mod answer;
 mod choice;
 mod once;

@@ -10,7 +10,7 @@ use std::{
 use axum::{
     body::Body,
     extract::State,
-    http::{HeaderValue, Request, header},
+    http::Request,
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -18,12 +18,11 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tidegate_common::contract::{ApiError, EventId, event};
 use tokio::sync::mpsc;
-use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
 use super::{
-    App, Reply,
-    answer::{self, WAIT_INTERVAL},
+    App, Reply, answer,
     frame::Frame,
+    opening::{self, Opening, WAIT_INTERVAL},
 };
 use crate::{
     duty::Duty,
@@ -61,28 +60,38 @@ pub(super) async fn serve<Q: Question>(State(app): State<Arc<App>>, request: Req
     let frame = Frame::read(request.headers(), app.config.request.timeout);
     let path = request.uri().path().to_owned();
     let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived);
-    let mut response = match open::<Q>(&app, &frame, request).await {
-        Ok((loaded, begun)) => {
+    let its_frame = frame.clone();
+    let mut response = match Opening::begin(&frame, open::<Q>(app.clone(), frame.clone(), request)).await {
+        Opening::Done(Ok((loaded, begun))) => {
             record.admitted(begun.prompt_tokens, false);
-            Once { app, loaded, frame: frame.clone(), path, record }.answer(begun.work).await
+            Once { app, loaded, frame: its_frame, path, record }.answer(begun.work).await
         }
-        Err(error) => {
+        Opening::Done(Err(error)) => {
             record.refused(&error);
             Reply::refusal(&error, &path).into_response()
         }
+        Opening::Slow(slow) => opening::stream(|balancer| async move {
+            match slow.finish(&app, &balancer).await {
+                Ok((loaded, begun)) => {
+                    record.admitted(begun.prompt_tokens, false);
+                    Once { app, loaded, frame: its_frame, path, record }.send(begun.work, balancer).await;
+                }
+                Err(unopened) => unopened.tell(record, &path, &balancer).await,
+            }
+        }),
     };
     answer::name_request(&mut response, &frame);
     response
 }
 
 async fn open<Q: Question>(
-    app: &Arc<App>,
-    frame: &Frame,
+    app: Arc<App>,
+    frame: Frame,
     request: Request<Body>,
 ) -> Result<(Arc<Loaded>, Begun), ApiError> {
-    let (body, loaded) = answer::read(app, frame, request, Q::model).await?;
-    let (inner, held, its_frame) = (app.clone(), loaded.clone(), frame.clone());
-    let begun = answer::aside(move || body.begin(&inner, &held, &its_frame)).await?;
+    let (body, loaded) = answer::read(&app, &frame, request, Q::model).await?;
+    let held = loaded.clone();
+    let begun = answer::aside(move || body.begin(&app, &held, &frame)).await?;
     Ok((loaded, begun))
 }
 
@@ -99,7 +108,7 @@ struct Once {
 impl Once {
     async fn answer(mut self, work: impl Future<Output = Result<Value, Outcome>> + Send + 'static) -> Response {
         if self.frame.wire {
-            return self.stream(work);
+            return opening::stream(|balancer| self.send(work, balancer));
         }
         let done = self.bounded(work).await;
         self.record.end(done.as_ref().map_or_else(|outcome| *outcome, |_| Outcome::Finished));
@@ -130,15 +139,6 @@ impl Once {
         }
     }
 
-    fn stream(self, work: impl Future<Output = Result<Value, Outcome>> + Send + 'static) -> Response {
-        let (sender, frames) = mpsc::channel::<Bytes>(1);
-        tokio::spawn(self.send(work, sender));
-        let frames = ReceiverStream::new(frames).map(Ok::<Bytes, std::convert::Infallible>);
-        let mut response = Response::new(Body::from_stream(frames));
-        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(event::CONTENT_TYPE));
-        response
-    }
-
     async fn send(mut self, work: impl Future<Output = Result<Value, Outcome>>, balancer: mpsc::Sender<Bytes>) {
         let work = self.bounded(work);
         tokio::pin!(work);
@@ -160,8 +160,9 @@ impl Once {
         match &done {
             Ok(value) => event::write(&mut out, Some(&EventId::End), None, Some(value.to_string().as_bytes())),
             Err(outcome) if outcome.is_late() => {
-                let (name, data) = outcome.error().to_event_at(&self.path);
-                event::write(&mut out, Some(&EventId::End), name, Some(data.to_string().as_bytes()));
+                let error = outcome.error();
+                self.record.answered(&error);
+                event::write_refusal(&mut out, &error.to_refusal_at(&self.path));
             }
             Err(_) => out.extend_from_slice(event::HANDOVER),
         }
