@@ -16,6 +16,7 @@ mod ca;
 mod reload;
 mod upgrade;
 mod failover;
+mod alike;
 mod foreign;
 mod faults;
 mod hosts;

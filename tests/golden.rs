@@ -1,7 +1,7 @@
 //! Goal: the default model's answers are those of the record, token for token, so that no change of the engine changes an answer
 //! unnoticed. Method: fifty fixed greedy requests (chat and completion, several languages, code, numbers, long prompts), all in one
 //! batch of a real node, beside what `tests/golden/` holds. Answers are equal within one device class; on another, most of them must
-//! still begin alike. `UPDATE_GOLDEN=1` writes the record anew.
+//! still begin alike. `UPDATE_GOLDEN=1` writes the record anew; whoever does that raises `CODE` in `node/src/served/alike.rs`.
 
 use std::{fs, path::PathBuf};
 

@@ -85,6 +85,54 @@ name! {
     Color
 }
 
+/// A short hash of all that a model's answers depend on at a node, beside the request: its files, the device class, what the configuration
+/// says of answers. Nodes with the same one answer alike, to the byte.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Fingerprint(u64);
+
+/// A text that is no fingerprint.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a fingerprint has 16 hexadecimal digits")]
+pub struct InvalidFingerprint;
+
+impl Fingerprint {
+    /// Of a hash.
+    pub fn new(hash: u64) -> Self {
+        Self(hash)
+    }
+}
+
+impl FromStr for Fingerprint {
+    type Err = InvalidFingerprint;
+
+    fn from_str(text: &str) -> Result<Self, InvalidFingerprint> {
+        let is_plain = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let hash = u64::from_str_radix(text, 16).ok().filter(|_| is_plain);
+        hash.map(Self).ok_or(InvalidFingerprint)
+    }
+}
+
+impl TryFrom<String> for Fingerprint {
+    type Error = InvalidFingerprint;
+
+    fn try_from(text: String) -> Result<Self, InvalidFingerprint> {
+        text.parse()
+    }
+}
+
+impl From<Fingerprint> for String {
+    fn from(fingerprint: Fingerprint) -> Self {
+        fingerprint.to_string()
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
 /// A request's id, drawn at the edge and carried to the node in `x-request-id`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct RequestId(String);
@@ -126,6 +174,17 @@ mod tests {
         }
         for bad in ["", "-n", "a/b", "a b", "ü", &"x".repeat(64)] {
             assert!(bad.parse::<NodeId>().is_err(), "{bad:?} passed");
+        }
+    }
+
+    #[test]
+    fn a_fingerprint_reads_back_and_nothing_else_is_one() {
+        for hash in [0, 1, u64::MAX] {
+            let fingerprint = Fingerprint::new(hash);
+            assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
+        }
+        for bad in ["", "7", "+123456789abcdef", "0123456789abcdefg", "0123456789abcde "] {
+            assert_eq!(bad.parse::<Fingerprint>(), Err(InvalidFingerprint), "{bad:?}");
         }
     }
 

@@ -19,7 +19,7 @@ use crate::{
     output::ToolFormat,
     sizes::Size,
     speculate::Speculation,
-    weights::Quantize,
+    weights::{Quantize, Recommended},
 };
 
 pub use models::{LoadWhen, ModelConfig};
@@ -387,6 +387,16 @@ impl<'a, 'b> Sizes<'a, 'b> {
 }
 
 impl Defaults {
+    /// The temperature of a request that does not say, for a model whose makers recommend this.
+    pub fn temperature(&self, recommended: &Recommended) -> f32 {
+        self.temperature.or(recommended.temperature).unwrap_or(0.7)
+    }
+
+    /// The same of `top_p`.
+    pub fn top_p(&self, recommended: &Recommended) -> f32 {
+        self.top_p.or(recommended.top_p).unwrap_or(0.92)
+    }
+
     fn read(r: &Reader<'_>) -> Self {
         Self {
             temperature: r.get_in_range("temperature", 0.0..=2.0).map(|x: f64| x as f32),

@@ -7,11 +7,17 @@ mod rules;
 mod member;
 mod roster;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use pingora::{connectors::http::Connector, upstreams::peer::HttpPeer};
-use tidegate_common::{contract::Health, ids::NodeId};
+use tidegate_common::{
+    contract::Health,
+    ids::{Fingerprint, NodeId},
+};
 use tokio::sync::{Notify, futures::Notified, mpsc};
 
 use crate::{
@@ -36,6 +42,8 @@ pub(crate) struct Target {
     /// `host:port`, for the `Host` header.
     pub(crate) authority: String,
     pub(crate) peer: HttpPeer,
+    /// What its answers of the pool's model depend on, as far as it has said.
+    pub(crate) fingerprint: Option<Fingerprint>,
     /// Whether probes or requests have failed there, so that nothing is to be expected of it.
     pub(crate) is_suspect: bool,
     /// What it takes to ask one that is none of ours.
@@ -43,6 +51,12 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// Whether an answer that nodes of this fingerprint have begun may go on here; who does not know is told, and says so.
+    pub(crate) fn may_go_on(&self, begun_by: Option<Fingerprint>) -> bool {
+        let own = self.fingerprint.or(begun_by);
+        begun_by.is_none() || own == begun_by
+    }
+
     /// By what it is asked; nodes by `ours`.
     pub(crate) fn connector<'a>(&'a self, ours: &'a Connector) -> &'a Connector {
         self.foreign.as_ref().map_or(ours, |foreign| &foreign.connector)
@@ -62,6 +76,16 @@ impl Ring {
     pub(crate) fn pick(&self, may: impl Fn(&Target) -> bool) -> Option<Arc<Target>> {
         let skip = |i: usize| self.targets.get(i).is_none_or(|target| !may(target));
         self.rotation.pick(skip).map(|i| Arc::clone(&self.targets[i]))
+    }
+
+    /// Whether it has such a member.
+    pub(crate) fn any(&self, is_such: impl Fn(&Target) -> bool) -> bool {
+        self.targets.iter().any(|target| is_such(target))
+    }
+
+    /// What its members have said that their answers depend on.
+    fn fingerprints(&self) -> BTreeSet<Fingerprint> {
+        self.targets.iter().filter_map(|target| target.fingerprint).collect()
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -9,7 +9,7 @@ use std::{
 use pingora::upstreams::peer::HttpPeer;
 use tidegate_common::{
     contract::{Health, ModelState, NodeRecord, RECORD_VERSION, Status},
-    ids::NodeId,
+    ids::{Fingerprint, NodeId},
     registry::{Link, View},
 };
 use tokio::time::Instant;
@@ -84,6 +84,8 @@ pub(crate) struct Roster {
     rotations: BTreeMap<(String, bool), (Shares, Arc<Rotation>)>,
     /// Models with too few members ready.
     panicking: BTreeSet<String>,
+    /// Fingerprints of models whose nodes do not answer alike, as far as that has been warned of.
+    unlike: BTreeMap<String, BTreeSet<Fingerprint>>,
     incarnations: u64,
     link: Link,
 }
@@ -96,6 +98,7 @@ impl Roster {
             members: BTreeMap::new(),
             rotations: BTreeMap::new(),
             panicking: BTreeSet::new(),
+            unlike: BTreeMap::new(),
             incarnations: 0,
             link: Link::default(),
         }
@@ -270,21 +273,21 @@ impl Roster {
             self.drafts(now).into_iter().map(|(model, draft)| (model.clone(), self.pool(model, draft))).collect();
         self.rotations.retain(|(model, _), _| models.contains_key(model));
         self.note_panics(&models);
+        self.note_unlike(&models);
         Snapshot { models, default_model: self.default_model(), report: self.report() }
     }
 
     fn drafts(&self, now: Instant) -> BTreeMap<String, Draft> {
         let mut drafts: BTreeMap<String, Draft> = BTreeMap::new();
         for member in self.members.values() {
-            let target = member.target().map(Arc::new);
             let weight = member.record.weight * member.share(self.rules, now);
             for (model, state) in member.models() {
                 let draft = drafts.entry(model.to_owned()).or_default();
                 draft.members += 1;
                 draft.nodes += usize::from(member.foreign.is_none());
-                if let Some(target) = target.as_ref().filter(|_| state.takes_requests()) {
+                if let Some(target) = member.target(model).filter(|_| state.takes_requests()) {
                     let set = if target.is_suspect { &mut draft.failed } else { &mut draft.ready };
-                    set.push((Arc::clone(target), weight));
+                    set.push((Arc::new(target), weight));
                 }
             }
         }
@@ -325,6 +328,25 @@ impl Roster {
         self.panicking.extract_if(.., has_left).for_each(|model| {
             warn!(model, "failed members are left alone again");
         });
+    }
+
+    /// Warns once of each set of nodes that share a model and would not answer alike.
+    fn note_unlike(&mut self, models: &BTreeMap<String, Pool>) {
+        self.unlike.retain(|model, _| models.contains_key(model));
+        for (model, pool) in models {
+            let fingerprints = pool.ready.fingerprints();
+            let is_known = self.unlike.get(model).is_some_and(|known| known.is_superset(&fingerprints));
+            if fingerprints.len() > 1 && !is_known {
+                let said = |target: &Arc<Target>| Some(format!("{} {}", target.id, target.fingerprint?));
+                let nodes = pool.ready.targets.iter().filter_map(said).collect::<Vec<_>>().join(", ");
+                warn!(
+                    model,
+                    nodes,
+                    "nodes would not answer alike, so a stream of one cannot go on at another: their models or configurations differ"
+                );
+                self.unlike.insert(model.clone(), fingerprints);
+            }
+        }
     }
 
     /// The model of requests that name none: what all nodes say of themselves, if they agree.
@@ -371,7 +393,13 @@ impl Member {
         if ramps { rules.ramp(now - self.since.at) } else { RAMP_STEPS }
     }
 
-    fn target(&self) -> Option<Target> {
+    fn fingerprint(&self, model: &str) -> Option<Fingerprint> {
+        let models = self.health.as_deref()?.models.as_ref()?;
+        models.iter().find(|known| known.name == model)?.fingerprint
+    }
+
+    /// As who it is asked for a model, while it may be asked.
+    fn target(&self, model: &str) -> Option<Target> {
         let peer = self.peer.as_deref().filter(|_| self.state.is_ready() || self.has_failed())?;
         Some(Target {
             id: self.record.id.clone(),
@@ -379,6 +407,7 @@ impl Member {
             authority: self.record.address.clone(),
             peer: peer.clone(),
             foreign: self.foreign.clone(),
+            fingerprint: self.fingerprint(model),
             is_suspect: !self.state.is_ready(),
         })
     }
@@ -471,6 +500,15 @@ mod tests {
         Signal::Probed { id, incarnation, outcome: Probed::Answered { peer, health } }
     }
 
+    /// The same, with one model that stands and has this fingerprint.
+    fn answered_as(record: &NodeRecord, incarnation: u64, hash: u64) -> Signal {
+        let mut signal = answered_with(record, incarnation, &[("m", "ready")]);
+        if let Signal::Probed { outcome: Probed::Answered { health, .. }, .. } = &mut signal {
+            health.models.as_mut().unwrap()[0].fingerprint = Some(Fingerprint::new(hash));
+        }
+        signal
+    }
+
     fn ready_for(roster: &mut Roster, model: &str) -> Option<Vec<String>> {
         let snapshot = roster.snapshot(Instant::now());
         snapshot.models.get(model).map(|pool| pool.ready.targets.iter().map(|t| t.id.to_string()).collect())
@@ -558,6 +596,36 @@ mod tests {
         assert_eq!(ready_for(&mut roster, "small").unwrap(), ["a"]);
         roster.apply_signal(answered_with(&a, 1, &[("other", "ready")]), now());
         assert_eq!((ready_for(&mut roster, "small"), ready(&mut roster)), (None, vec!["b".to_owned()]));
+    }
+
+    #[test]
+    fn nodes_that_do_not_answer_alike_are_told_apart_and_warned_of_once() {
+        let (mut roster, a, b) = (roster(), record("a", "127.0.0.1:1"), record("b", "127.0.0.1:2"));
+        roster.apply_view(&view(&[a.clone(), b.clone()]), now());
+        let say = |roster: &mut Roster, hashes: [u64; 2]| {
+            for (i, record) in [&a, &b].into_iter().enumerate().cycle().take(4) {
+                roster.apply_signal(answered_as(record, i as u64 + 1, hashes[i]), now());
+            }
+            roster.snapshot(Instant::now())
+        };
+        assert!(
+            say(&mut roster, [7, 7]).models["m"]
+                .ready
+                .targets
+                .iter()
+                .all(|t| t.fingerprint == Some(Fingerprint::new(7)))
+        );
+        assert_eq!(roster.unlike.len(), 0);
+        let snapshot = say(&mut roster, [7, 8]);
+        let begun_by = Some(Fingerprint::new(7));
+        let could: Vec<bool> = snapshot.models["m"].ready.targets.iter().map(|t| t.may_go_on(begun_by)).collect();
+        assert_eq!(could, [true, false]);
+        let warned = roster.unlike["m"].clone();
+        say(&mut roster, [7, 7]);
+        say(&mut roster, [8, 7]);
+        assert_eq!((roster.unlike["m"].clone(), warned.len()), (warned, 2), "what was warned of is not again");
+        say(&mut roster, [9, 7]);
+        assert!(roster.unlike["m"].contains(&Fingerprint::new(9)));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The tokens that a client has had, choice by choice: all it takes to go on elsewhere. Pure, and bounded: four bytes for each token, at
 //! most twice that while a list grows, and nothing any more for a stream longer than [`TOKENS_MAX`].
 
-use tidegate_common::contract::Resume;
+use tidegate_common::{contract::Resume, ids::Fingerprint};
 
 use crate::body::CHOICES_MAX;
 
@@ -14,6 +14,8 @@ pub(crate) struct Delivered {
     choices: Vec<Vec<u32>>,
     total: usize,
     overflowed: bool,
+    /// Of the nodes that made them.
+    by: Option<Fingerprint>,
 }
 
 /// The node's count of tokens is not ours: going on would lose or double some.
@@ -23,12 +25,13 @@ pub(crate) struct OutOfStep;
 impl Delivered {
     /// Counts, and remembers nothing.
     pub(crate) fn counting() -> Self {
-        Self { choices: Vec::new(), total: 0, overflowed: true }
+        Self { choices: Vec::new(), total: 0, overflowed: true, by: None }
     }
 
     /// Nothing yet, of this many choices.
     pub(crate) fn new(choices: u32) -> Self {
-        Self { choices: vec![Vec::new(); choices.min(CHOICES_MAX) as usize], total: 0, overflowed: false }
+        let choices = vec![Vec::new(); choices.min(CHOICES_MAX) as usize];
+        Self { choices, total: 0, overflowed: false, by: None }
     }
 
     /// An event with these tokens has passed.
@@ -53,6 +56,20 @@ impl Delivered {
         }
         had.extend_from_slice(tokens);
         Ok(())
+    }
+
+    /// What follows is made by nodes of this fingerprint.
+    pub(crate) fn made_by(&mut self, fingerprint: Fingerprint) -> Result<(), OutOfStep> {
+        if self.total > 0 && self.by.is_some_and(|by| by != fingerprint) {
+            return Err(OutOfStep);
+        }
+        self.by = Some(fingerprint);
+        Ok(())
+    }
+
+    /// Which nodes could go on, as far as that is known.
+    pub(crate) fn fingerprint(&self) -> Option<Fingerprint> {
+        self.by
     }
 
     /// How many tokens have passed.
@@ -85,6 +102,17 @@ mod tests {
         assert_eq!(delivered.add(0, 5, &[4]), Err(OutOfStep));
         assert_eq!(delivered.add(0, 1, &[4]), Err(OutOfStep));
         assert_eq!(delivered.add(CHOICES_MAX, 0, &[4]), Err(OutOfStep));
+    }
+
+    #[test]
+    fn tokens_of_nodes_that_answer_otherwise_are_never_mixed() {
+        let [a, b] = [1, 2].map(Fingerprint::new);
+        let mut delivered = Delivered::new(1);
+        delivered.made_by(a).unwrap();
+        delivered.made_by(b).unwrap();
+        delivered.add(0, 0, &[1]).unwrap();
+        assert_eq!((delivered.made_by(b), delivered.made_by(a)), (Ok(()), Err(OutOfStep)));
+        assert_eq!(delivered.fingerprint(), Some(b));
     }
 
     #[test]

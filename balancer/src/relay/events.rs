@@ -122,6 +122,7 @@ impl Events {
             Some(EventId::Tokens { choice, offset, tokens }) => {
                 delivered.add(choice, offset, &tokens).map_err(|_| Malformed)?;
             }
+            Some(EventId::By(fingerprint)) => delivered.made_by(fingerprint).map_err(|_| Malformed)?,
             Some(EventId::End) => self.tail = Some(Tail::End),
             None if self.has_data => {
                 self.out.extend_from_slice(blank);

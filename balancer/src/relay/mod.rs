@@ -44,6 +44,8 @@ use upstream::{Opened, Upstream};
 
 /// The status of a node that has as many requests as it may.
 const FULL: u16 = 429;
+/// The status of a node that would have answered otherwise than the one that began.
+const UNLIKE: u16 = 412;
 /// The status of a request whose time is over.
 const LATE: u16 = 504;
 
@@ -96,6 +98,8 @@ pub(crate) enum Loss {
     Busy,
     /// It has as many requests as it may (429).
     Full,
+    /// It would go on otherwise than the nodes before it have begun (412).
+    Unlike,
 }
 
 impl Loss {
@@ -111,6 +115,7 @@ impl Loss {
             Self::Malformed => "malformed",
             Self::Busy => "busy",
             Self::Full => "full",
+            Self::Unlike => "unlike",
         }
     }
 
@@ -122,7 +127,7 @@ impl Loss {
     /// Whether the request itself may have brought it about. A node that lets go after it has worked does as it was told to.
     fn is_suspicious(self, has_progressed: bool) -> bool {
         match self {
-            Self::Connect | Self::Busy | Self::Full => false,
+            Self::Connect | Self::Busy | Self::Full | Self::Unlike => false,
             Self::Handover => !has_progressed,
             Self::Reset | Self::Stalled | Self::Ended | Self::Status(_) | Self::Malformed => true,
         }
@@ -133,6 +138,10 @@ impl Loss {
             Self::Connect | Self::Busy | Self::Full | Self::Handover => {
                 ApiError::new(ErrorKind::Unavailable, "node_unavailable", "no node could take the request")
                     .with_retry_after(Duration::from_secs(1))
+            }
+            Self::Unlike => {
+                let message = "the node was lost, and the others that are ready would go on otherwise: their models or configurations differ";
+                ApiError::new(ErrorKind::BadGateway, "nodes_differ", message)
             }
             Self::Stalled => ApiError::new(ErrorKind::DeadlineExceeded, "node_stalled", "the node fell silent"),
             Self::Reset | Self::Ended | Self::Status(_) | Self::Malformed => {
@@ -215,7 +224,7 @@ impl Journey {
     fn count(&self, record: &mut Record, client: &Client<'_>) {
         match self.last {
             None => {}
-            Some(loss @ (Loss::Busy | Loss::Full)) => record.retried(loss.as_str()),
+            Some(loss @ (Loss::Busy | Loss::Full | Loss::Unlike)) => record.retried(loss.as_str()),
             Some(loss) if self.is_resuming(client) => record.resumed(loss.as_str()),
             Some(loss) => record.retried(loss.as_str()),
         }
@@ -304,7 +313,7 @@ impl Relay {
                 LegEnd::Lost(Loss::Malformed)
             }
             Ok(Ok(Opened::Stream(upstream))) => self.stream(client, record, upstream, target, journey).await,
-            Ok(Ok(Opened::Whole(answer))) => judge(answer, target),
+            Ok(Ok(Opened::Whole(answer))) => judge(answer, target, resume.is_some()),
             Ok(Err(loss)) => LegEnd::Lost(loss),
             Err(interrupt) => interrupt.into(),
         }
@@ -320,7 +329,7 @@ impl Relay {
     ) -> LegEnd {
         let is_foreign = target.foreign.is_some();
         let mut events = Cutter::new(is_foreign);
-        let was_taken = journey.is_taken;
+        let (was_taken, is_resuming) = (journey.is_taken, journey.is_resuming(client));
         journey.is_taken |= !is_foreign;
         journey.busy = None;
         loop {
@@ -345,7 +354,7 @@ impl Relay {
                 Some(Tail::Handover) => return LegEnd::Lost(Loss::Handover),
                 Some(Tail::Refused(refusal)) => {
                     journey.is_taken = was_taken;
-                    return judge(Answer::from(*refusal), target);
+                    return judge(Answer::from(*refusal), target, is_resuming);
                 }
                 Some(Tail::End) => {
                     if client.end(&target.id).await.is_err() {
@@ -360,10 +369,11 @@ impl Relay {
 }
 
 /// What comes after an answer that is not a stream.
-fn judge(answer: Answer, target: &Target) -> LegEnd {
+fn judge(answer: Answer, target: &Target, is_resuming: bool) -> LegEnd {
     let (status, is_foreign) = (answer.status, target.foreign.is_some());
     match status {
         FULL | 503 => LegEnd::Busy(answer),
+        UNLIKE if is_resuming => LegEnd::Lost(Loss::Unlike),
         // wherever else it was asked, its time would be over too
         LATE if !is_foreign => LegEnd::Answered(answer),
         500.. => LegEnd::Lost(Loss::Status(status)),

@@ -84,6 +84,9 @@ impl Generation {
         if let Some(seed) = self.seed {
             head.insert_header(headers::SEED, seed.to_string())?;
         }
+        if let Some(fingerprint) = resume.and_then(Delivered::fingerprint) {
+            head.insert_header(headers::FINGERPRINT, fingerprint.to_string())?;
+        }
         if let Some(payer) = ctx.payer() {
             head.insert_header(headers::TENANT, payer.as_ref())?;
         }

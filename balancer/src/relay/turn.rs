@@ -4,6 +4,7 @@
 //! too few are ready, each request asks those that failed as well, after the others and once: what they do then is no surprise. When
 //! nobody can be asked, because none is ready, none takes requests now, or too many streams are on the move, the request waits up to
 //! `queue_wait` and then asks everyone anew; one that a node had taken and that now only lacks a place waits as long as it may take at all.
+//! It goes on only where the answer would have been the same, by the fingerprint of those that began it.
 //! Losses that may be the request's own doing are borne `max_resumes` times. A stream that has begun goes on at nodes alone: a foreign
 //! upstream can neither take one up nor leave one that another could.
 
@@ -96,8 +97,10 @@ impl Relay {
             return Turn::Never(not_abroad(generation, model));
         }
         let goes_abroad = generation.is_common() && !is_resuming;
+        let begun_by = journey.delivered.fingerprint().filter(|_| is_resuming);
         let pick = |ring: &Ring, avoid: &[NodeId]| {
-            ring.pick(|target| (goes_abroad || target.foreign.is_none()) && !avoid.contains(&target.id))
+            let may_go = |target: &Target| goes_abroad || target.foreign.is_none();
+            ring.pick(|target| may_go(target) && target.may_go_on(begun_by) && !avoid.contains(&target.id))
         };
         let target = match pick(&pool.ready, &journey.tried) {
             Some(untried) => Some(untried),
@@ -115,6 +118,9 @@ impl Relay {
                 Err(pause) => Turn::Wait(pause, journey.error()),
             },
             (None, Some(_)) if !is_resuming && !journey.loss_passes() => Turn::Never(journey.error()),
+            (None, _) if pool.ready.any(|target| !target.may_go_on(begun_by)) => {
+                Turn::Wait(ASK_AGAIN, Loss::Unlike.error())
+            }
             (None, _) => Turn::Wait(ASK_AGAIN, journey.error()),
         }
     }
@@ -167,6 +173,6 @@ impl Journey {
 
     /// Whether the last node did not even begin.
     fn was_refused(&self) -> bool {
-        matches!(self.last, Some(Loss::Busy | Loss::Full))
+        matches!(self.last, Some(Loss::Busy | Loss::Full | Loss::Unlike))
     }
 }

@@ -4,9 +4,12 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use serde_json::{Value, json};
-use tidegate_common::contract::{Refusal, event};
+use tidegate_common::{
+    contract::{Refusal, event},
+    ids::Fingerprint,
+};
 
-use crate::support::{Act, CHAT, House, MODEL, Seen, chat, end, good, raw, silent, texts, tokens};
+use crate::support::{Act, CHAT, House, MODEL, News, Seen, chat, end, good, raw, silent, texts, tokens};
 
 fn resume(seen: &Seen) -> Value {
     seen.json().get("tidegate_resume").cloned().unwrap_or(Value::Null)
@@ -160,6 +163,71 @@ fn refused(status: u16, retry_after_s: Option<u64>) -> Act {
     let body = json!({"error": {"message": "m", "type": "t", "param": null, "code": "why"}});
     event::write_refusal(&mut out, &Refusal { status, retry_after_s, body });
     Act::Send(out)
+}
+
+/// Fingerprints as nodes' health says them.
+const BY: [&str; 2] = ["by 000000000000000a", "by 000000000000000b"];
+
+fn by(word: &str) -> Act {
+    Act::Send(format!("id: {}\n\n", word.replace(' ', ":")).into_bytes())
+}
+
+/// Waits until the edge has heard what each node says.
+async fn say(house: &House, words: &[&'static str]) {
+    house.nodes.iter().zip(words).for_each(|(node, word)| node.say(word));
+    house
+        .until(|members| {
+            let said = |m: &tidegate_balancer::admin::MemberReport| m.models.first().and_then(|m| m.fingerprint);
+            members
+                .members
+                .iter()
+                .map(said)
+                .eq(words.iter().map(|word| word.strip_prefix("by ").unwrap().parse::<Fingerprint>().ok()))
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_only_where_it_would_have_been_the_same() {
+    let begin = || vec![Act::Head, by(BY[0]), tokens(0, &[1], "a"), Act::Kill];
+    let mut house = House::with_nodes(3).await;
+    say(&house, &[BY[0], BY[1], BY[0]]).await;
+    first(&house, begin());
+    house.nodes[2].script(vec![Act::Head, by(BY[0]), tokens(1, &[2], "b"), end("[DONE]"), Act::Finish]);
+    let (status, text) = house.ask(&chat(true)).await;
+    assert_eq!((status, texts(&text)), (200, ("ab".into(), true)), "{text}");
+    let (begun, after) = (house.asked().await, house.asked().await);
+    let fingerprint = |seen: &Seen| seen.header("x-tidegate-fingerprint").map(str::to_owned);
+    assert_eq!((begun.node.as_str(), fingerprint(&begun)), ("n0", None));
+    assert_eq!((after.node.as_str(), fingerprint(&after).as_deref()), ("n2", BY[0].strip_prefix("by ")));
+
+    let mut house = House::with(2, "[balancer.relay]\nqueue_wait = \"300ms\"").await;
+    say(&house, &BY).await;
+    first(&house, begin());
+    // it is there again at once, and answers otherwise
+    for _ in 0..500 {
+        house.nodes[0].script(vec![Act::Whole(412, "", "{}")]);
+    }
+    let (status, text) = house.ask(&chat(true)).await;
+    assert!(status == 200 && text.ends_with("\"code\":\"nodes_differ\"}}\n\n"), "{text}");
+    while let Ok(News::Asked(seen)) = house.news.try_recv() {
+        assert_eq!(seen.node, "n0");
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_says_that_it_would_go_on_otherwise_is_believed() {
+    let mut house = House::with(2, "[balancer.relay]\nqueue_wait = \"300ms\"").await;
+    first(&house, vec![Act::Head, by(BY[0]), tokens(0, &[1], "a"), Act::Kill]);
+    for node in &house.nodes {
+        for _ in 0..500 {
+            node.script(vec![Act::Whole(412, "", "{}")]);
+        }
+    }
+    let (status, text) = house.ask(&chat(true)).await;
+    assert!(status == 200 && text.ends_with("\"code\":\"nodes_differ\"}}\n\n"), "{text}");
+    house.asked().await;
+    assert_eq!(house.asked().await.header("x-tidegate-fingerprint"), BY[0].strip_prefix("by "));
 }
 
 #[tokio::test]

@@ -22,6 +22,8 @@ pub enum ErrorKind {
     MethodNotAllowed,
     /// The body took too long to arrive.
     RequestTimeout,
+    /// A condition of the request does not hold here.
+    PreconditionFailed,
     /// The body is larger than accepted.
     TooLarge,
     /// The body is not of a media type accepted here.
@@ -48,6 +50,7 @@ impl ErrorKind {
             Self::NotFound => (404, "not_found_error"),
             Self::MethodNotAllowed => (405, "invalid_request_error"),
             Self::RequestTimeout => (408, "invalid_request_error"),
+            Self::PreconditionFailed => (412, "invalid_request_error"),
             Self::TooLarge => (413, "invalid_request_error"),
             Self::UnsupportedMediaType => (415, "invalid_request_error"),
             Self::RateLimited => (429, "rate_limit_error"),

@@ -3,13 +3,15 @@
 //! With `x-tidegate-stream: 1` each event says in its `id:` field which tokens it stands for, `id: <choice>:<offset>:<token,token>`,
 //! and the last event of the stream says `id: end`. The balancer keeps these lines and drops them; `data:` bytes pass untouched.
 //! An event may have an `id:` and no `data:` (a token that makes no text yet). Events with data and no `id:` belong to the next one that has
-//! one, and reach the client with it or not at all: so a token may make several events. `event: handover` asks the balancer to go on elsewhere.
+//! one, and reach the client with it or not at all: so a token may make several events. The first event of a generation, `id: by:<fingerprint>`,
+//! says which nodes could go on with it. `event: handover` asks the balancer to go on elsewhere.
 //! The comment `: wait` says that a waiting request is still alive. `event: refused` says in the place of an answer why there is none, where
 //! the stream's head has gone out before that was known.
 
 use std::{fmt, str::FromStr};
 
 use super::Refusal;
+use crate::ids::Fingerprint;
 
 /// Media type of an event stream.
 pub const CONTENT_TYPE: &str = "text/event-stream";
@@ -38,13 +40,19 @@ pub enum EventId {
         /// The tokens this event stands for; never empty.
         tokens: Vec<u32>,
     },
+    /// Nodes with this fingerprint make the tokens that follow.
+    By(Fingerprint),
     /// Nothing comes after this event.
     End,
 }
 
 impl fmt::Display for EventId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self::Tokens { choice, offset, tokens } = self else { return f.write_str("end") };
+        let (choice, offset, tokens) = match self {
+            Self::Tokens { choice, offset, tokens } => (choice, offset, tokens),
+            Self::By(fingerprint) => return write!(f, "by:{fingerprint}"),
+            Self::End => return f.write_str("end"),
+        };
         write!(f, "{choice}:{offset}:")?;
         for (i, token) in tokens.iter().enumerate() {
             let comma = if i == 0 { "" } else { "," };
@@ -65,6 +73,9 @@ impl FromStr for EventId {
     fn from_str(text: &str) -> Result<Self, InvalidEventId> {
         if text == "end" {
             return Ok(Self::End);
+        }
+        if let Some(fingerprint) = text.strip_prefix("by:") {
+            return fingerprint.parse().map(Self::By).map_err(|_| InvalidEventId);
         }
         let mut parts = text.splitn(3, ':');
         let mut number = || parts.next()?.parse::<u32>().ok();
@@ -119,10 +130,12 @@ mod tests {
 
     #[test]
     fn foreign_ids_are_refused() {
-        for text in ["", "7", "1:2", "1:2:", "1:2:x", "-1:0:5"] {
+        for text in ["", "7", "1:2", "1:2:", "1:2:x", "-1:0:5", "by:", "by:7"] {
             assert_eq!(text.parse::<EventId>(), Err(InvalidEventId), "{text}");
         }
         assert_eq!("end".parse(), Ok(EventId::End));
+        let by = EventId::By(Fingerprint::new(7));
+        assert_eq!(by.to_string().parse(), Ok(by));
     }
 
     #[test]

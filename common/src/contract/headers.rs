@@ -29,5 +29,8 @@ pub const STREAM: &str = "x-tidegate-stream";
 /// refuses new ones, and lets it go before them.
 pub const MOVED: &str = "x-tidegate-moved";
 
+/// Fingerprint of the nodes that made what the client of a resumed stream has had; a node with another one refuses with 412.
+pub const FINGERPRINT: &str = "x-tidegate-fingerprint";
+
 /// Which node answered; in every answer that came from one.
 pub const NODE: &str = "x-tidegate-node";

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Color, NodeId, SiteName};
+use crate::ids::{Color, Fingerprint, NodeId, SiteName};
 
 /// State of a node as it sees itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,6 +87,9 @@ pub struct ModelHealth {
     pub kv_blocks_free: u32,
     /// All its KV blocks.
     pub kv_blocks_total: u32,
+    /// Which nodes answer alike; known while it is in memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
     /// More about the state.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

@@ -94,6 +94,7 @@ pub(super) async fn read<B: serde::de::DeserializeOwned + Send + 'static>(
     let bytes = read_body(app, frame, request.into_body()).await?;
     let body: B = aside(move || check::parse(&bytes)).await?;
     let loaded = app.model(model(&body), frame.deadline).await?;
+    frame.refuse_unlike(&loaded)?;
     Ok((body, loaded))
 }
 
@@ -179,6 +180,7 @@ struct Answer {
     record: Option<Record>,
     watch: Watch,
     beats_seen: u64,
+    begun: bool,
     ended: bool,
 }
 
@@ -251,6 +253,7 @@ impl Answer {
             tokens: indices.into_iter().zip(tokens).collect(),
             record: None,
             beats_seen: 0,
+            begun: false,
             ended: false,
         })
     }
@@ -308,6 +311,9 @@ impl Answer {
     /// The next bytes of the stream; none after its end.
     async fn next_frame(&mut self) -> Option<Vec<u8>> {
         let mut out = Vec::new();
+        if self.frame.wire && !std::mem::replace(&mut self.begun, true) {
+            event::write(&mut out, Some(&EventId::By(self.loaded.fingerprint)), None, None);
+        }
         while !self.ended && out.is_empty() {
             match self.next().await {
                 Next::Token(choice, event) => {

@@ -3,9 +3,15 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::http::HeaderMap;
-use tidegate_common::{contract::headers, ids::RequestId};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind, headers},
+    ids::{Fingerprint, RequestId},
+};
 
-use crate::sched::{Class, Owner};
+use crate::{
+    sched::{Class, Owner},
+    served::Loaded,
+};
 
 /// Longest tenant's name, in bytes; the rest of a longer one does not count.
 const TENANT_BYTES_MAX: usize = 128;
@@ -22,6 +28,8 @@ pub(super) struct Frame {
     pub(super) wire: bool,
     /// Whether another node had taken it and was lost.
     pub(super) moved: bool,
+    /// Which nodes could go on with it, when some has begun.
+    pub(super) fingerprint: Option<Fingerprint>,
     /// Whose request it is, for fair sharing.
     pub(super) owner: Owner,
     pub(super) arrived: Instant,
@@ -41,10 +49,20 @@ impl Frame {
             seed: number(headers::SEED).unwrap_or_else(rand::random),
             wire: text(headers::STREAM) == Some("1"),
             moved: is_moved(map),
+            fingerprint: text(headers::FINGERPRINT).and_then(|v| v.parse().ok()),
             owner: owner(text(headers::TENANT), text(headers::PRIORITY)),
             arrived,
             deadline: arrived + timeout,
         }
+    }
+
+    /// Refuses to go on with what another node has begun and this one would have answered otherwise.
+    pub(super) fn refuse_unlike(&self, loaded: &Loaded) -> Result<(), ApiError> {
+        if self.fingerprint.is_none_or(|begun| begun == loaded.fingerprint) {
+            return Ok(());
+        }
+        let text = "another node has begun this answer, and this one would go on otherwise: their models or configurations differ";
+        Err(ApiError::new(ErrorKind::PreconditionFailed, "nodes_differ", text))
     }
 }
 

@@ -111,6 +111,11 @@ fn is_folder(names: &[String]) -> bool {
     names.iter().any(|name| name == "config.json") && names.iter().any(|name| is_shard(name))
 }
 
+/// Whether a file of this name is part of a safetensors model.
+pub(super) fn belongs(name: &str) -> bool {
+    is_shard(name) || FOLDER_FILES.contains(&name)
+}
+
 /// A plain name, as it becomes part of a path.
 fn is_shard(name: &str) -> bool {
     let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
@@ -138,7 +143,7 @@ fn folder_by(
 ) -> Result<(), ModelError> {
     fs::create_dir_all(target).map_err(ModelError::io(target, "create"))?;
     let names = names(model, of, client)?;
-    for file in names.iter().filter(|name| is_shard(name) || FOLDER_FILES.contains(&name.as_str())) {
+    for file in names.iter().filter(|name| belongs(name)) {
         let remote = RemoteFile { owner: of.owner, repo: of.repo, file };
         download_by(model, &remote, scratch, &target.join(file), progress, client)?;
     }

@@ -11,6 +11,7 @@ mod pip;
 mod hub;
 mod random;
 mod digest;
+mod sample;
 mod error;
 
 pub use catalogue::{CATALOGUE, Entry};
@@ -18,4 +19,5 @@ pub use error::ModelError;
 pub use fetch::{Progress, Silent};
 pub use random::{RANDOM_SHAPES, RandomShape};
 pub use reference::{InWheel, InvalidRef, ModelRef, Source, Wheels};
+pub use sample::sample;
 pub use store::{FileRecord, Kept, Record, State, Store};

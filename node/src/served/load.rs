@@ -1,12 +1,13 @@
 //! From a model's file to an engine that runs: read, size, load, warm up. Blocking work, for a thread that serves nobody.
 
-use std::{sync::Arc, thread::JoinHandle};
+use std::{path::PathBuf, sync::Arc, thread::JoinHandle};
 
 use bytesize::ByteSize;
 use tracing::info;
 
 use super::{
     Loaded,
+    alike::Basis,
     compute::Compute,
     turns::{InTurn, Turns},
 };
@@ -16,7 +17,7 @@ use crate::{
     guide::Guides,
     kv::BLOCK_TOKENS,
     model::{self, Capacity, Model as _, Plan, Shape},
-    models::{ModelError, ModelRef, Store},
+    models::{self, ModelError, ModelRef, Store},
     sched::Limits,
     sizes,
     text::{ChatTemplate, Tokenizer},
@@ -68,6 +69,8 @@ pub enum ServeError {
 /// A model whose file has been opened, and how much memory it will take.
 pub(super) struct Measured {
     config: ModelConfig,
+    path: PathBuf,
+    quantize: Quantize,
     checkpoint: Checkpoint,
     capacity: Capacity,
     /// The draft model, if there is one.
@@ -100,7 +103,7 @@ impl Measured {
             bytes = bytes.saturating_add(draft_bytes);
             (checkpoint, capacity)
         });
-        Ok(Self { config, checkpoint, capacity, draft, bytes })
+        Ok(Self { config, path, quantize, checkpoint, capacity, draft, bytes })
     }
 
     /// Most tokens of prompt and answer.
@@ -115,7 +118,7 @@ impl Measured {
         compute: &Compute,
         turns: &Turns,
     ) -> Result<(Loaded, JoinHandle<()>), ServeError> {
-        let Self { config, checkpoint, capacity, draft, .. } = self;
+        let Self { config, path, quantize, checkpoint, capacity, draft, .. } = self;
         let tokenizer = Arc::new(Tokenizer::from_checkpoint(&checkpoint)?);
         let template = ChatTemplate::from_checkpoint(&checkpoint, &tokenizer)?;
         let model = compute.load(&checkpoint, capacity)?;
@@ -135,8 +138,21 @@ impl Measured {
         let (engine, thread) = Engine::start(Box::new(model), draft, engine);
         let end_tokens = tokenizer.end_tokens().into();
         let guides = Guides::new(tokenizer.clone());
-        let (name, context, sampling) = (config.name, capacity.context, checkpoint.recommended());
-        let loaded = Loaded { name, engine, tokenizer, guides, template, context, width, device, end_tokens, sampling };
+        let (sampling, files) = (checkpoint.recommended(), models::sample(&path)?);
+        let fingerprint = Basis { files, quantize, capacity, device: &device, sampling }.fingerprint(node);
+        let loaded = Loaded {
+            name: config.name,
+            engine,
+            tokenizer,
+            guides,
+            template,
+            context: capacity.context,
+            width,
+            device,
+            fingerprint,
+            end_tokens,
+            sampling,
+        };
         Ok((loaded, thread))
     }
 }

@@ -7,6 +7,7 @@
 
 mod compute;
 mod load;
+mod alike;
 mod report;
 mod table;
 mod turns;
@@ -19,7 +20,10 @@ use std::{
 };
 
 use bytesize::ByteSize;
-use tidegate_common::contract::{ApiError, ErrorKind};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind},
+    ids::Fingerprint,
+};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -60,6 +64,8 @@ pub struct Loaded {
     pub width: usize,
     /// Device class.
     pub device: String,
+    /// Which nodes answer alike.
+    pub fingerprint: Fingerprint,
     /// Tokens that end an answer.
     pub end_tokens: Arc<[u32]>,
     /// What the model's makers recommend to sample with.
@@ -176,7 +182,8 @@ impl Models {
         let outcome = self.load(model).await;
         let told = match outcome {
             Ok((loaded, engine)) => {
-                info!(model = name, device = loaded.device, seconds = began.elapsed().as_secs_f32(), "model ready");
+                let (device, fingerprint) = (&loaded.device, loaded.fingerprint);
+                info!(model = name, device, %fingerprint, seconds = began.elapsed().as_secs_f32(), "model ready");
                 let mut inner = self.lock();
                 inner.engines.insert(name.clone(), engine);
                 inner.table.loaded(&name, Ok(loaded), Instant::now());

@@ -106,6 +106,7 @@ fn health(entry: &Entry<Loaded>, stall_after: Duration, now: Instant) -> ModelHe
         waiting: count(|s| s.waiting.load(Relaxed)),
         kv_blocks_free: count(|s| s.blocks_free.load(Relaxed)),
         kv_blocks_total: count(|s| s.blocks_total),
+        fingerprint: stands(entry).map(|loaded| loaded.fingerprint),
         reason,
     }
 }

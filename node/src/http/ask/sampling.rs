@@ -42,9 +42,6 @@ pub(super) struct Knobs {
 }
 
 /// What answers are sampled with where nobody says.
-const TEMPERATURE: f32 = 0.7;
-const TOP_P: f32 = 0.92;
-
 const TOP_K_MAX: i64 = 1_000_000;
 
 impl Knobs {
@@ -56,8 +53,7 @@ impl Knobs {
         seed: u64,
         vocab: usize,
     ) -> Result<Sampling, ApiError> {
-        let temperature = defaults.temperature.or(recommended.temperature).unwrap_or(TEMPERATURE);
-        let top_p = defaults.top_p.or(recommended.top_p).unwrap_or(TOP_P);
+        let (temperature, top_p) = (defaults.temperature(recommended), defaults.top_p(recommended));
         let top_k = recommended.top_k.map_or(0, |k| k.min(TOP_K_MAX as usize) as i64);
         Ok(Sampling {
             temperature: check::real("temperature", self.temperature, 0.0..=2.0)?.unwrap_or(temperature),
@@ -180,6 +176,6 @@ mod tests {
         assert_eq!(sampled(&asked, Some(0.3), &recommended), (0.1, 0.5, 0));
         assert_eq!(sampled(&Knobs::default(), Some(0.3), &recommended), (0.3, 0.5, 20));
         assert_eq!(sampled(&Knobs::default(), None, &recommended), (0.6, 0.5, 20));
-        assert_eq!(sampled(&Knobs::default(), None, &Recommended::default()), (TEMPERATURE, TOP_P, 0));
+        assert_eq!(sampled(&Knobs::default(), None, &Recommended::default()), (0.7, 0.92, 0));
     }
 }
