@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use etcd_client::{Client, CompactionOptions, GetOptions};
+use etcd_client::{Certificate, Client, CompactionOptions, ConnectOptions, GetOptions, Identity, TlsOptions};
 use support::{Etcd, free_port, is_installed};
 use tempfile::TempDir;
 use tidegate_common::{
@@ -29,6 +29,9 @@ use tokio::{
     sync::watch,
     time::{sleep, timeout},
 };
+
+/// Of etcd's user `root`, where there is one.
+const PASSWORD: &str = "secret";
 
 fn config(endpoints: &[String]) -> EtcdConfig {
     EtcdConfig {
@@ -320,7 +323,11 @@ async fn tls_both_ways_and_a_password() {
         identity: Some((files.path("client.pem"), files.path("client.key"))),
         ..config(&[etcd.endpoint()])
     };
-    demand_password(&files, &etcd).await;
+    let tls = TlsOptions::new()
+        .ca_certificate(Certificate::from_pem(files.text_of("ca.pem")))
+        .identity(Identity::from_pem(files.text_of("client.pem"), files.text_of("client.key")));
+    let mut client = Client::connect([etcd.endpoint()], Some(ConnectOptions::new().with_tls(tls))).await.unwrap();
+    demand_password(&mut client).await;
 
     let with_password = EtcdConfig { credentials: Some(("root".into(), files.path("password"))), ..secure.clone() };
     let (node, edge) = (open(&with_password), open(&with_password));
@@ -336,15 +343,53 @@ async fn tls_both_ways_and_a_password() {
     }
 }
 
-async fn demand_password(files: &Files, etcd: &Etcd) {
-    use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
-    let tls = TlsOptions::new()
-        .ca_certificate(Certificate::from_pem(files.text_of("ca.pem")))
-        .identity(Identity::from_pem(files.text_of("client.pem"), files.text_of("client.key")));
-    let mut client = Client::connect([etcd.endpoint()], Some(ConnectOptions::new().with_tls(tls))).await.unwrap();
-    client.user_add("root", "secret", None).await.unwrap();
+/// From then on nobody is served without it.
+async fn demand_password(client: &mut Client) {
+    client.user_add("root", PASSWORD, None).await.unwrap();
     client.user_grant_role("root", "root").await.unwrap();
     client.auth_enable().await.unwrap();
+}
+
+/// etcd forgets a token that nobody has used for a second, and everybody here asks less often than that.
+#[tokio::test]
+async fn an_expired_token_is_renewed_and_nobody_notices() {
+    if !is_installed() {
+        return;
+    }
+    let (files, etcd) = (Files::make(), Etcd::start_with(&["--auth-token-ttl", "1"], "http"));
+    demand_password(&mut Client::connect([etcd.endpoint()], None).await.unwrap()).await;
+    let config = EtcdConfig {
+        lease_ttl: Duration::from_secs(15),
+        resync_interval: Duration::from_secs(3),
+        credentials: Some(("root".into(), files.path("password"))),
+        ..config(&[etcd.endpoint()])
+    };
+    let (node, edge) = (open(&config), open(&config));
+    let mut views = edge.watch();
+    node.announce(record("n1")).await;
+    until(&mut views, 4, |v| shows(v, Link::Live, &["n1"])).await;
+    let lease = lease_of_n1(&etcd).await;
+
+    let options = ConnectOptions::new().with_user("root", PASSWORD);
+    let mut idle = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
+    let other = timeout(Duration::from_secs(11), views.wait_for(|v| !shows(v, Link::Live, &["n1"])))
+        .await
+        .map(|v| v.unwrap().clone());
+    assert!(other.is_err(), "the view became {other:?}");
+    let refused = idle.get("k", None).await.expect_err("the token of this one has expired").to_string();
+    assert!(refused.contains("invalid auth token"), "{refused}");
+    assert_eq!(lease_of_n1(&etcd).await, lease, "announced again, as if etcd had been away");
+
+    node.announce(record("n2")).await;
+    until(&mut views, 2, |v| shows(v, Link::Live, &["n1", "n2"])).await;
+    node.withdraw(&"n2".parse().unwrap()).await;
+    until(&mut views, 2, |v| shows(v, Link::Live, &["n1"])).await;
+}
+
+async fn lease_of_n1(etcd: &Etcd) -> i64 {
+    let options = ConnectOptions::new().with_user("root", PASSWORD);
+    let mut client = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
+    client.get("/tidegate/v1/c/nodes/n1", None).await.unwrap().kvs()[0].lease()
 }
 
 /// Certificates of an own CA, and a password, as files.
@@ -365,7 +410,7 @@ impl Files {
             files.write(&format!("{name}.pem"), &params.signed_by(&key, &issuer).unwrap().pem());
             files.write(&format!("{name}.key"), &key.serialize_pem());
         }
-        files.write("password", "secret\n");
+        files.write("password", &format!("{PASSWORD}\n"));
         files
     }
 

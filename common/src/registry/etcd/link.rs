@@ -109,7 +109,8 @@ impl Dialer {
         }
         if let Some((user, file)) = &self.config.credentials {
             let password = String::from_utf8_lossy(&read(file)?).trim_end_matches(['\r', '\n']).to_owned();
-            options = options.with_user(user, password);
+            // an expired token says nothing about etcd: the call is made again with a new one
+            options = options.with_user(user, password).with_auto_token_refresh(true);
         }
         Ok(options)
     }
