@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -134,6 +135,24 @@ async fn a_new_balancer_takes_the_place_of_the_old_and_nobody_notices() {
     assert!(count > 1000 && tally.count(End::Whole) > 10, "too few to say anything");
     let (code, _, err) = failed_without(&folder).await;
     assert!(code == 69 && err.contains("no running balancer") && err.contains("without --upgrade"), "{code} {err}");
+}
+
+/// The sockets are nobody else's to take, so the balancer does not even begin.
+#[tokio::test]
+async fn sockets_are_not_offered_where_others_can_reach_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, open) = (folder.path().join("balancer.toml"), folder.path().join("open"));
+    fs::create_dir(&open).unwrap();
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = format!(
+        "[cluster.registry]\nkind = \"static\"\n[balancer]\nlisten = \"127.0.0.1:0\"\nadmin.listen = \"127.0.0.1:0\"\n\
+         upgrade_socket = \"{}/upgrade.sock\"\n",
+        open.display()
+    );
+    fs::write(&file, text).unwrap();
+    let (code, _, err) = finish(tidegate().args(["balancer", "--config"]).arg(&file));
+    assert!(code == 64 && err.contains("balancer.upgrade_socket") && err.contains("chmod 700"), "{code} {err}");
+    assert!(!err.contains("ERROR"), "parts of it had begun: {err}");
 }
 
 /// Nobody offers sockets there.

@@ -250,22 +250,30 @@ impl House {
 
     /// Begins to accept; in another balancer's place only once it can serve as well as that one, which leaves then.
     async fn enter(&mut self) -> Result<Option<Offer>, RunError> {
-        let predecessor = self.predecessor.take();
-        if let Some(predecessor) = &predecessor {
-            predecessor.is_matched_by(&self.pool).await?;
-        }
+        let Some(predecessor) = self.predecessor.take() else {
+            // before anyone is let in, so that nobody is cut off when it fails
+            let offer = self.offer()?;
+            self.entering.send_replace(true);
+            systemd::ready();
+            return Ok(offer);
+        };
+        predecessor.is_matched_by(&self.pool).await?;
         self.entering.send_replace(true);
-        let is_first = predecessor.is_none();
-        if let Some(predecessor) = predecessor {
-            predecessor.dismiss();
-        }
+        predecessor.dismiss();
         systemd::ready();
+        // the one before has left, so this one stays whatever comes of it
+        Ok(self.offer().unwrap_or_else(|error| {
+            warn!(%error, "no other process can take this one's place");
+            None
+        }))
+    }
+
+    /// Offers the sockets to a process that is to take this one's place. Only a path that was asked for must be had.
+    fn offer(&mut self) -> Result<Option<Offer>, RunError> {
         let Some((asked, path, sockets)) = self.offer.take() else { return Ok(None) };
         match Offer::open(&path, sockets) {
             Ok(offer) => Ok(Some(offer)),
-            Err(source) if is_first && matches!(asked, UpgradeSocket::At(_)) => {
-                Err(RunError::UpgradeSocket { path, source })
-            }
+            Err(source) if matches!(asked, UpgradeSocket::At(_)) => Err(RunError::UpgradeSocket { path, source }),
             Err(error) => {
                 warn!(path = %path.display(), %error, "no other process can take this one's place; set balancer.upgrade_socket");
                 Ok(None)
