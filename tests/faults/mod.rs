@@ -1,7 +1,7 @@
 //! Goal: whatever is lost, no client sees an error, and no answer is another than it would have been: not a token lost, doubled or
 //! changed, and the usage right. Method: a balancer, three nodes and an etcd of three members as real processes; a steady load of all
-//! shapes of requests, greedy and seeded; `kill -9`, SIGSTOP, a cut cable, drains, restarts, and every way to lose etcd. Each answer is
-//! compared to the byte with the one that the same cluster gave undisturbed, but for the second of its creation.
+//! shapes of requests, greedy and seeded; `kill -9`, SIGSTOP, a cut cable, drains, restarts, and every way to lose etcd or the way to it.
+//! Each answer is compared to the byte with the one that the same cluster gave undisturbed, but for the second of its creation.
 //!
 //! `make test` runs the short form. `make test-faults` sets `TIDEGATE_TEST_FAULTS=full`: more and longer of everything, as issue 5 asks.
 
@@ -17,13 +17,14 @@ use std::{
 use futures::{future::join_all, join};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use serde_json::{Value, json};
-use tokio::time::sleep;
+use tokio::{task::spawn_blocking, time::sleep};
 
 use crate::support::{
     LOADING,
     client::{Client, chat, chat_stream},
-    cluster::{Cluster, NodePlan, Plan, Registry},
+    cluster::{Cluster, NodePlan, Plan, Registry, Side},
     etcd::{Etcd, Seat, is_installed},
+    process::run,
     until,
 };
 use report::Report;
@@ -33,6 +34,9 @@ const IDS: [&str; 3] = ["n1", "n2", "n3"];
 
 /// How long running answers may go on at a node that drains.
 const DRAIN_GRACE: Duration = Duration::from_secs(1);
+
+/// Longer than the leases of nodes, and than a connection to etcd that fell silent goes unnoticed.
+const CUT: Duration = Duration::from_secs(9);
 
 /// Moments and victims are drawn from this.
 const SEED: u64 = 5;
@@ -52,10 +56,15 @@ struct Sizes {
     is_full: bool,
 }
 
+/// Whether the long form is wanted.
+pub(crate) fn is_full() -> bool {
+    std::env::var("TIDEGATE_TEST_FAULTS").is_ok_and(|word| word == "full")
+}
+
 impl Sizes {
     fn wanted() -> Self {
         let s = Duration::from_secs;
-        let is_full = std::env::var("TIDEGATE_TEST_FAULTS").is_ok_and(|word| word == "full");
+        let is_full = is_full();
         match is_full {
             true => Self {
                 long: 300,
@@ -105,8 +114,8 @@ impl Trial {
         let nodes = IDS.map(|id| NodePlan { lines, by_cable: id == "n3", ..NodePlan::named(id) });
         let members = Etcd::start_members(["m1", "m2", "m3"].map(Seat::here).into(), "http", "http");
         let balancer = format!("[balancer.relay]\nstall_timeout = \"{}ms\"", sizes.stall_timeout.as_millis());
-        let cluster =
-            Cluster::start(Plan { balancer: &balancer, ..Plan::new(Registry::Members(members), &nodes) }).await;
+        let plan = Plan::new(Registry::Members(members), &nodes);
+        let cluster = Cluster::start(Plan { balancer: &balancer, etcd_by_cable: true, ..plan }).await;
         let edge =
             Edge { url: cluster.edge(), client: Client::new(), logs: vec![cluster.folder().join("balancer.log")] };
         let (expected, quiet) = Expected::ask(&edge, requests::all(sizes.long), sizes.clients).await;
@@ -192,9 +201,13 @@ impl Trial {
     async fn restart(&mut self, id: &'static str) {
         self.load();
         self.pause().await;
+        self.end(id);
+        self.cluster.revive_node(id, self.sizes.noticed()).await;
+    }
+
+    fn end(&mut self, id: &'static str) {
         let is_gone = self.cluster.drain_node(id, DRAIN_GRACE + Duration::from_secs(1));
         assert!(is_gone, "{id} did not end in drain_grace + 1 s");
-        self.cluster.revive_node(id, self.sizes.noticed()).await;
     }
 
     async fn drains(&mut self) {
@@ -203,6 +216,27 @@ impl Trial {
             self.restart(id).await;
         }
         self.note(format!("SIGTERM to a node, {} times", self.sizes.rounds)).await;
+    }
+
+    /// `tidegate drain` and `undrain`, over etcd.
+    async fn orders(&mut self) {
+        for _ in 0..self.sizes.rounds {
+            self.load();
+            self.pause().await;
+            let id = IDS[self.chance.random_range(0..3)];
+            self.order("drain", id).await;
+            self.until_out(id).await;
+            sleep(DRAIN_GRACE).await;
+            self.order("undrain", id).await;
+            self.cluster.until_ready(&IDS, self.sizes.noticed()).await;
+        }
+        self.note(format!("a node drained and taken back, {} times", self.sizes.rounds)).await;
+    }
+
+    async fn order(&self, word: &'static str, id: &'static str) {
+        let file = self.cluster.folder().join("balancer.toml").display().to_string();
+        let (code, out, err) = spawn_blocking(move || run(&[word, id, "--config", &file])).await.unwrap();
+        assert_eq!(code, 0, "{word} {id}: {out}{err}");
     }
 
     async fn rolls(&mut self) {
@@ -270,6 +304,53 @@ impl Trial {
         self.note("etcd frozen for 8 s").await;
     }
 
+    /// Nothing of what happens meanwhile reaches the balancer, and what it would have to hear first is forgotten.
+    async fn etcd_out_of_the_balancers_reach(&mut self) {
+        self.load();
+        self.cluster.cut_etcd(Side::Balancer, true);
+        self.all_stay(CUT, "while the balancer could not reach etcd").await;
+        assert_eq!(self.cluster.link().await, "lost");
+        self.restart("n1").await;
+        self.compact().await;
+        self.cluster.cut_etcd(Side::Balancer, false);
+        self.until_live().await;
+        self.all_stay(Duration::from_secs(3), "after the balancer reached etcd again").await;
+        self.note("balancer cut off from etcd; compacted meanwhile").await;
+    }
+
+    /// For etcd they are all gone then.
+    async fn etcd_out_of_the_nodes_reach(&mut self) {
+        self.load();
+        self.cluster.cut_etcd(Side::Nodes, true);
+        self.all_stay(CUT, "while the nodes could not reach etcd").await;
+        assert_eq!(self.cluster.link().await, "live");
+        self.end("n2");
+        self.cluster.cut_etcd(Side::Nodes, false);
+        self.cluster.revive_node("n2", self.sizes.noticed()).await;
+        self.all_stay(Duration::from_secs(3), "after the nodes reached etcd again").await;
+        self.note("nodes cut off from etcd").await;
+    }
+
+    /// Compaction after compaction, each of all that there is.
+    async fn etcd_compactions(&mut self) {
+        self.load();
+        for _ in 0..20 {
+            self.compact().await;
+            sleep(Duration::from_millis(100)).await;
+        }
+        self.all_stay(Duration::from_secs(1), "because etcd was compacted").await;
+        self.note("etcd compacted, 20 times").await;
+    }
+
+    async fn compact(&mut self) {
+        let (client, etcd) = (Client::new(), self.cluster.etcd().endpoint());
+        // both in base64: the key `other`, the value `x`
+        let put = client.post(&format!("{etcd}/v3/kv/put"), &json!({"key": "b3RoZXI=", "value": "eA=="})).await;
+        let revision = put.unwrap().body["header"]["revision"].clone();
+        let compacted = client.post(&format!("{etcd}/v3/kv/compaction"), &json!({"revision": revision})).await.unwrap();
+        assert_eq!(compacted.status, 200, "{}", compacted.body);
+    }
+
     async fn etcd_outage(&mut self) {
         self.load();
         self.cluster.etcd_members().iter_mut().for_each(Etcd::kill);
@@ -303,6 +384,7 @@ async fn no_loss_changes_an_answer() {
     trial.stops().await;
     trial.cuts().await;
     trial.drains().await;
+    trial.orders().await;
     trial.etcd_leader().await;
     trial.etcd_outage().await;
     trial.etcd_wipe().await;
@@ -310,6 +392,9 @@ async fn no_loss_changes_an_answer() {
         trial.rolls().await;
         trial.etcd_members().await;
         trial.etcd_freeze().await;
+        trial.etcd_out_of_the_balancers_reach().await;
+        trial.etcd_out_of_the_nodes_reach().await;
+        trial.etcd_compactions().await;
     }
     println!("stall_timeout {:?}, seed {SEED}", trial.sizes.stall_timeout);
     trial.report.judge();

@@ -29,6 +29,38 @@ pub(crate) enum Registry {
     Static,
 }
 
+impl Registry {
+    /// The members of etcd.
+    fn members(&self) -> &[Etcd] {
+        match self {
+            Self::Etcd(member) => std::slice::from_ref(member),
+            Self::Members(members) => members,
+            Self::Static => &[],
+        }
+    }
+}
+
+/// Who asks etcd.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Side {
+    Balancer,
+    Nodes,
+}
+
+/// Cables to the members of etcd, for each side its own; none where they are asked directly.
+#[derive(Default)]
+struct EtcdCables {
+    balancer: Vec<Cable>,
+    nodes: Vec<Cable>,
+}
+
+impl EtcdCables {
+    fn to(registry: &Registry) -> Self {
+        let all = || registry.members().iter().map(|member| Cable::to(member.port())).collect();
+        Self { balancer: all(), nodes: all() }
+    }
+}
+
 /// What a node is to be, beyond the defaults of these tests.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct NodePlan {
@@ -63,6 +95,7 @@ pub(crate) struct Cluster {
     balancer: Process,
     nodes: BTreeMap<&'static str, Node>,
     pub(crate) registry: Registry,
+    etcd_cables: EtcdCables,
     edge_port: u16,
     admin_port: u16,
     scheme: &'static str,
@@ -73,6 +106,8 @@ pub(crate) struct Cluster {
 /// What to set up.
 pub(crate) struct Plan<'a> {
     pub(crate) registry: Registry,
+    /// Whether etcd is reached by cables that can be cut.
+    pub(crate) etcd_by_cable: bool,
     pub(crate) nodes: &'a [NodePlan],
     /// More lines after the balancer's `listen`, sections included.
     pub(crate) balancer: &'a str,
@@ -85,7 +120,8 @@ pub(crate) struct Plan<'a> {
 impl Plan<'_> {
     /// A plain cluster of these nodes.
     pub(crate) fn new(registry: Registry, nodes: &[NodePlan]) -> Plan<'_> {
-        Plan { registry, nodes, balancer: "", ghosts: &[], folder: tempfile::tempdir().unwrap(), tls: false }
+        let folder = tempfile::tempdir().unwrap();
+        Plan { registry, etcd_by_cable: false, nodes, balancer: "", ghosts: &[], folder, tls: false }
     }
 }
 
@@ -96,7 +132,9 @@ impl Cluster {
         let (edge_port, admin_port) = (free_port(), free_port());
         let nodes: BTreeMap<_, _> = plan.nodes.iter().map(|p| (p.id, Node::planned(*p))).collect();
         let file = balancer_file(plan.folder.path());
-        let (registry, more) = (registry_lines(&plan.registry, &nodes, plan.ghosts), plan.balancer);
+        let etcd_cables = if plan.etcd_by_cable { EtcdCables::to(&plan.registry) } else { EtcdCables::default() };
+        let registry = registry_lines(&plan.registry, &etcd_cables.balancer, &nodes, plan.ghosts);
+        let more = plan.balancer;
         // never the file of who runs the tests
         let members = plan.folder.path().join("members.json");
         let text = format!(
@@ -110,6 +148,7 @@ impl Cluster {
             balancer,
             nodes,
             registry: plan.registry,
+            etcd_cables,
             edge_port,
             admin_port,
             scheme,
@@ -165,7 +204,8 @@ impl Cluster {
     pub(crate) fn start_node(&mut self, id: &str) {
         let node = self.nodes.get_mut(id).unwrap();
         assert!(node.process.is_none(), "{id} runs already");
-        let file = node_file(self.folder.path().join(format!("{id}.toml")), node, &self.registry);
+        let file = self.folder.path().join(format!("{id}.toml"));
+        let file = node_file(file, node, &self.registry, &self.etcd_cables.nodes);
         let command = &mut tidegate();
         node.process = Some(Process::start(id, self.folder.path(), command.args(["node", "--config"]).arg(file)));
     }
@@ -184,6 +224,16 @@ impl Cluster {
     /// Cuts the cable to a node, or mends it.
     pub(crate) fn cut(&self, id: &str, is_cut: bool) {
         self.nodes[id].cable.as_ref().expect("the node is reached by a cable").cut(is_cut);
+    }
+
+    /// Cuts all cables between one side and etcd, or mends them.
+    pub(crate) fn cut_etcd(&self, side: Side, is_cut: bool) {
+        let cables = match side {
+            Side::Balancer => &self.etcd_cables.balancer,
+            Side::Nodes => &self.etcd_cables.nodes,
+        };
+        assert!(!cables.is_empty(), "etcd is reached by cables");
+        cables.iter().for_each(|cable| cable.cut(is_cut));
     }
 
     /// Tells a node to end; whether it did within `limit`.
@@ -262,7 +312,7 @@ pub(crate) async fn lone_node(plan: NodePlan) -> (Process, String, TempDir) {
     ensure_model();
     let folder = tempfile::tempdir().unwrap();
     let node = Node::planned(plan);
-    let file = node_file(folder.path().join("node.toml"), &node, &Registry::Static);
+    let file = node_file(folder.path().join("node.toml"), &node, &Registry::Static, &[]);
     let process = Process::start(plan.id, folder.path(), tidegate().args(["node", "--config"]).arg(file));
     let (client, base) = (Client::new(), format!("http://127.0.0.1:{}", node.port));
     let health = format!("{base}/health");
@@ -273,10 +323,10 @@ pub(crate) async fn lone_node(plan: NodePlan) -> (Process, String, TempDir) {
     (process, base, folder)
 }
 
-fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
+fn node_file(file: PathBuf, node: &Node, registry: &Registry, etcd_cables: &[Cable]) -> PathBuf {
     let Node { plan, port, admin_port, cable, .. } = node;
     // announcing into a list does nothing: the balancer has the whole of it
-    let registry = registry_lines(registry, &BTreeMap::new(), &[("none", "none")]);
+    let registry = registry_lines(registry, etcd_cables, &BTreeMap::new(), &[("none", "none")]);
     let serves = plan.serves.map(|name| format!("served_model_name = \"{name}\"\n")).unwrap_or_default();
     let model = match plan.lines.contains("[[node.models]]") {
         true => String::new(),
@@ -293,15 +343,22 @@ fn node_file(file: PathBuf, node: &Node, registry: &Registry) -> PathBuf {
     file
 }
 
-fn registry_lines(registry: &Registry, nodes: &BTreeMap<&str, Node>, ghosts: &[(&str, &str)]) -> String {
+fn registry_lines(
+    registry: &Registry,
+    etcd_cables: &[Cable],
+    nodes: &BTreeMap<&str, Node>,
+    ghosts: &[(&str, &str)],
+) -> String {
     let head = "[cluster]\nname = \"t\"\n[cluster.registry]\n";
-    let etcd = |members: &[Etcd]| {
-        let endpoints: Vec<String> = members.iter().map(Etcd::endpoint).collect();
-        format!("{head}kind = \"etcd\"\nendpoints = {endpoints:?}\nlease_ttl = \"4s\"\n")
-    };
     match registry {
-        Registry::Etcd(member) => etcd(std::slice::from_ref(member)),
-        Registry::Members(members) => etcd(members),
+        Registry::Etcd(_) | Registry::Members(_) => {
+            let by_cable = etcd_cables.iter().map(|cable| format!("http://127.0.0.1:{}", cable.port()));
+            let endpoints: Vec<String> = match etcd_cables.is_empty() {
+                true => registry.members().iter().map(Etcd::endpoint).collect(),
+                false => by_cable.collect(),
+            };
+            format!("{head}kind = \"etcd\"\nendpoints = {endpoints:?}\nlease_ttl = \"4s\"\n")
+        }
         Registry::Static => {
             let entry = |id: &str, port: u16, model: &str| {
                 format!(
