@@ -8,6 +8,7 @@ pub(crate) mod cable;
 pub(crate) mod cluster;
 pub(crate) mod client;
 pub(crate) mod certs;
+pub(crate) mod clock;
 pub(crate) mod isolated;
 
 use std::{
