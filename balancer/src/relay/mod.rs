@@ -277,7 +277,10 @@ impl Relay {
     }
 
     fn move_on(&self, record: &Record, journey: &mut Journey, target: &Target, loss: Loss) {
-        self.pool.lost(target, loss.counts());
+        // a node that says no is well, and the news of it would wake whoever waits to ask again at once
+        if !matches!(loss, Loss::Full | Loss::Unlike) {
+            self.pool.lost(target, loss.counts());
+        }
         journey.note(target, loss);
         let (why, tokens) = (loss.as_str(), journey.delivered.total());
         info!(request_id = %record.ctx.id, node = %target.id, why, tokens, "node lost");

@@ -228,6 +228,8 @@ async fn a_node_that_says_that_it_would_go_on_otherwise_is_believed() {
     assert!(status == 200 && text.ends_with("\"code\":\"nodes_differ\"}}\n\n"), "{text}");
     house.asked().await;
     assert_eq!(house.asked().await.header("x-tidegate-fingerprint"), BY[0].strip_prefix("by "));
+    let more = std::iter::from_fn(|| house.news.try_recv().ok()).count();
+    assert!(more < 60, "asked {more} times in a third of a second");
 }
 
 #[tokio::test]
