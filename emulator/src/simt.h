@@ -76,10 +76,15 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     memcpy(&x, &bits, 4);
     return x;
 }
+inline unsigned long long atomicAdd(unsigned long long *at, unsigned long long x) {
+    unsigned long long before = *at;
+    *at += x;
+    return before;
+}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 struct bf16 { uint16_t bits; };
-struct f16 { _Float16 value; };
+struct f16 { uint16_t bits; };
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -87,7 +92,12 @@ inline float from_bits(uint32_t bits) {
     return x;
 }
 inline float to_float(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
-inline float to_float(f16 x) { return (float)x.value; }
+inline float to_float(f16 x) {
+    uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    // one product mends the exponent, of subnormal numbers too
+    float size = rest >= 0x7c00 ? from_bits(rest << 13 | 0x7f800000) : from_bits(rest << 13) * from_bits(0x77800000);
+    return sign ? -size : size;
+}
 // to the nearest, ties to the even one
 inline bf16 to_bf16(float x) {
     uint32_t bits;
@@ -95,7 +105,23 @@ inline bf16 to_bf16(float x) {
     if (x != x) return bf16{(uint16_t)(bits >> 16 | 64)};
     return bf16{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-inline f16 to_f16(float x) { return f16{(_Float16)x}; }
+inline f16 to_f16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint16_t sign = bits >> 16 & 0x8000;
+    float size = fabsf(x);
+    if (x != x) return f16{(uint16_t)(sign | 0x7e00)};
+    if (size >= 65520.0f) return f16{(uint16_t)(sign | 0x7c00)};
+    // below 2^-14 the last bit counts 2^-24: adding a number whose last bit counts as much rounds
+    if (size < 6.103515625e-5f) {
+        float rounded = size + 0.5f;
+        memcpy(&bits, &rounded, 4);
+        return f16{(uint16_t)(sign | (bits - 0x3f000000))};
+    }
+    memcpy(&bits, &size, 4);
+    bits += 0xfff + (bits >> 13 & 1);
+    return f16{(uint16_t)(sign | ((bits >> 13) - (112 << 10)))};
+}
 
 template <typename T> uint32_t pack(T a, T b) {
     uint16_t low, high;

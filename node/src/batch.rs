@@ -31,11 +31,27 @@ pub struct Ask {
     pub guess: Option<u32>,
 }
 
+/// How the token after a row is chosen where the logits are; `Pick` in `pick.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub struct Pick {
+    /// 0 takes the likeliest token.
+    pub temperature: f32,
+    /// Smallest set of tokens whose probability reaches this.
+    pub top_p: f32,
+    /// Tokens less likely than this share of the likeliest are dropped.
+    pub min_p: f32,
+    /// The draw, in [0, 1).
+    pub uniform: f32,
+    /// Most tokens to choose from; 0 keeps all.
+    pub top_k: i32,
+}
+
 /// `T` tokens of `B` sequences.
 ///
 /// # Shapes
 /// `tokens`, `positions`, `slots`: `[T]`; `spans`: `[B]`; `blocks`: all block tables, one after another; `logit_rows`, `logit_asks`:
-/// `[S]`; `hidden_rows`, `hidden_asks`: `[P]`.
+/// `[S]`; `picks`: `[S]` or empty; `hidden_rows`, `hidden_asks`: `[P]`.
 #[derive(Debug, Default, Clone)]
 pub struct Batch {
     /// Token ids.
@@ -52,6 +68,8 @@ pub struct Batch {
     pub logit_rows: Vec<u32>,
     /// Who asks for them.
     pub logit_asks: Vec<Ask>,
+    /// How their tokens are chosen; None where the logits themselves are wanted. Empty where all are.
+    pub picks: Vec<Option<Pick>>,
     /// Rows whose hidden states are asked for.
     pub hidden_rows: Vec<u32>,
     /// Who asks for them.
@@ -117,6 +135,7 @@ impl Batch {
         self.blocks.clear();
         self.logit_rows.clear();
         self.logit_asks.clear();
+        self.picks.clear();
         self.hidden_rows.clear();
         self.hidden_asks.clear();
     }

@@ -3,6 +3,8 @@
 
 use std::{cmp::Ordering, collections::HashMap, sync::Arc};
 
+use crate::batch::Pick;
+
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -77,6 +79,13 @@ pub fn philox(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
         k = [k[0].wrapping_add(0x9E37_79B9), k[1].wrapping_add(0xBB67_AE85)];
     }
     c
+}
+
+/// How a device is to choose the token of this draw, with the same number as [`sample`].
+pub fn pick(sampling: &Sampling, draw: Draw) -> Pick {
+    let Sampling { temperature, top_p, top_k, min_p, seed, .. } = *sampling;
+    let top_k = i32::try_from(top_k).unwrap_or(0);
+    Pick { temperature, top_p, min_p, uniform: uniform(seed, draw), top_k }
 }
 
 /// A number in [0, 1) with 24 random bits.
@@ -159,7 +168,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling, draw: Draw, scratch: &mut Vec
         return likeliest(logits);
     }
     candidates(logits, sampling, scratch);
-    pick(scratch, uniform(sampling.seed, draw))
+    draw_from(scratch, uniform(sampling.seed, draw))
 }
 
 /// Logits that are looked at together; the compiler makes vector instructions of loops over so many.
@@ -253,7 +262,7 @@ fn keep_mass(sorted: &mut Vec<(f32, u32)>, share: f32) {
     sorted.truncate(enough.map_or(sorted.len(), |i| i + 1));
 }
 
-fn pick(candidates: &[(f32, u32)], uniform: f32) -> u32 {
+fn draw_from(candidates: &[(f32, u32)], uniform: f32) -> u32 {
     let total: f32 = candidates.iter().map(|c| c.0).sum();
     let mut left = uniform * total;
     for (weight, id) in candidates {

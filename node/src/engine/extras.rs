@@ -48,6 +48,11 @@ impl Extras {
         Terms { all_logits: self.scores.is_some(), states }
     }
 
+    /// Whether it has a use for logits.
+    pub(super) fn wants_logits(&self) -> bool {
+        self.scores.is_some()
+    }
+
     /// Logits after one row, `[V]`. `known` are the sequence's tokens: until the scores are whole, those that were given, since nothing is
     /// sampled before; the last of them has no next one.
     pub(super) fn take_logits(&mut self, ask: &Ask, logits: &[f32], known: &[u32], scratch: &mut Vec<(f32, u32)>) {

@@ -310,7 +310,7 @@ struct Poisoned;
 impl Model for Poisoned {
     fn forward(&mut self, batch: &crate::batch::Batch, _: &dyn Fn()) -> Output<'_> {
         assert!(!batch.tokens.contains(&63), "the poison");
-        Output { logits: &[0.0, 1.0][..2 * batch.logit_rows.len()], hidden: &[] }
+        Output { logits: &[0.0, 1.0][..2 * batch.logit_rows.len()], tokens: &[], hidden: &[] }
     }
 
     fn vocab(&self) -> usize {

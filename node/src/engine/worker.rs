@@ -22,7 +22,7 @@ use super::{
     pace::Pace,
 };
 use crate::{
-    batch::Batch,
+    batch::{Batch, Pick},
     guide::Guide,
     model::Model,
     sample::{self, Draw, Logprobs, Said, Sampling},
@@ -82,12 +82,31 @@ impl Running {
         }
     }
 
+    /// How the device may choose the `nth` token from now by itself; None when its logits are needed here.
+    fn pick(&self, nth: usize) -> Option<Pick> {
+        let needs_logits = self.moves_logits() || self.logprobs.is_some() || self.extras.wants_logits();
+        (!needs_logits).then(|| sample::pick(&self.sampling, self.draw(nth)))
+    }
+
+    fn draw(&self, nth: usize) -> Draw {
+        Draw { choice: self.choice, position: (self.generated + nth) as u32 }
+    }
+
+    /// The next token, that was chosen by a pick; none when no more are asked for.
+    fn take(&mut self, token: u32) -> Option<Event> {
+        if self.generated >= self.stop.tokens_max {
+            return None;
+        }
+        self.generated += 1;
+        Some(Event { token, logprobs: None, finish: self.stop.after(token, self.generated) })
+    }
+
     /// The next token, chosen from `logits[V]`; none when no more are asked for.
     fn next(&mut self, logits: &[f32], moved: &mut Vec<f32>, candidates: &mut Vec<(f32, u32)>) -> Option<Event> {
         if self.generated >= self.stop.tokens_max {
             return None;
         }
-        let draw = Draw { choice: self.choice, position: self.generated as u32 };
+        let draw = self.draw(0);
         let mut stuck = None;
         let token = if self.moves_logits() {
             moved.clear();
@@ -116,8 +135,7 @@ impl Running {
 
     /// What the draft model's `nth` guess is, by its logits `[V]`: drawn as the token itself will be, but for what moves its logits.
     fn guess(&self, nth: usize, logits: &[f32], candidates: &mut Vec<(f32, u32)>) -> u32 {
-        let draw = Draw { choice: self.choice, position: (self.generated + nth) as u32 };
-        sample::sample(logits, &self.sampling, draw, candidates)
+        sample::sample(logits, &self.sampling, self.draw(nth), candidates)
     }
 
     /// Tokens that may come after the next one.
@@ -291,6 +309,9 @@ impl Worker {
     /// Computes the plan; gives how many guesses came true.
     fn step(&mut self, plan: &Plan) -> usize {
         self.batch.fill(plan, &self.scheduler);
+        if self.model.picks() {
+            self.set_picks();
+        }
         let (stats, vocab, width) = (self.stats.clone(), self.model.vocab(), self.model.width());
         let output = self.model.forward(&self.batch, &|| stats.note_progress());
         for (ask, state) in self.batch.hidden_asks.iter().zip(output.hidden.chunks_exact(width)) {
@@ -300,15 +321,24 @@ impl Worker {
         let mut tokens = Vec::with_capacity(plan.pieces.len());
         // whose guess proved wrong: its other rows say nothing
         let (mut missed, mut accepted) = (None, 0);
-        for (ask, logits) in self.batch.logit_asks.iter().zip(output.logits.chunks_exact(vocab)) {
+        let (mut logits, mut picked) = (output.logits.chunks_exact(vocab), output.tokens.iter());
+        for (i, ask) in self.batch.logit_asks.iter().enumerate() {
+            let is_picked = self.batch.picks.get(i).is_some_and(Option::is_some);
+            let token = if is_picked { picked.next().copied() } else { None };
+            let row = if is_picked { &[] } else { logits.next().expect("each row without a pick has logits") };
             if missed == Some(ask.seq) {
                 continue;
             }
             let s = self.sequences.get_mut(&ask.seq).expect("a planned sequence is known");
-            let known = self.scheduler.sequence(ask.seq).map_or(&[][..], |sequence| sequence.tokens());
-            s.extras.take_logits(ask, logits, known, &mut self.candidates);
+            if token.is_none() {
+                let known = self.scheduler.sequence(ask.seq).map_or(&[][..], |sequence| sequence.tokens());
+                s.extras.take_logits(ask, row, known, &mut self.candidates);
+            }
             if ask.samples {
-                let event = s.next(logits, &mut self.moved, &mut self.candidates);
+                let event = match token {
+                    Some(token) => s.take(token),
+                    None => s.next(row, &mut self.moved, &mut self.candidates),
+                };
                 let is_right = event.as_ref().is_some_and(|event| Some(event.token) == ask.guess);
                 accepted += usize::from(is_right);
                 let goes_on = is_right && event.as_ref().is_some_and(|event| event.finish.is_none());
@@ -321,6 +351,18 @@ impl Worker {
         self.stats.speculated_tokens.fetch_add(plan.proposed() as u64, Relaxed);
         self.stats.accepted_tokens.fetch_add(accepted as u64, Relaxed);
         accepted
+    }
+
+    /// Says how the device chooses the tokens that need nothing but the logits.
+    fn set_picks(&mut self) {
+        let Batch { logit_asks, picks, .. } = &mut self.batch;
+        let mut of_sequence = (None, 0);
+        picks.extend(logit_asks.iter().map(|ask| {
+            // guesses of one sequence stand one after another
+            of_sequence =
+                if of_sequence.0 == Some(ask.seq) { (of_sequence.0, of_sequence.1 + 1) } else { (Some(ask.seq), 0) };
+            self.sequences[&ask.seq].pick(of_sequence.1).filter(|_| ask.samples)
+        }));
     }
 
     fn commit(&mut self, plan: &Plan, tokens: Vec<(SeqId, Option<Event>)>) {

@@ -269,6 +269,15 @@ pub trait Backend: Send {
     /// `out[P, E] = norm(x[hidden_rows])`
     fn hidden(&mut self, x: &Self::Rows, batch: &Batch, norm: &Self::Norm, out: &mut Self::Rows);
 
+    /// Whether [`Backend::choose`] can choose tokens.
+    const PICKS: bool = false;
+
+    /// The logits after rows without a pick, and the tokens chosen after rows that have one.
+    fn choose<'a>(&'a mut self, logits: &'a mut Self::Rows, batch: &Batch) -> (&'a [f32], &'a [u32]) {
+        debug_assert!(batch.picks.is_empty(), "nothing is chosen where the host does it");
+        (self.read(logits), &[])
+    }
+
     /// The values on the host, `[rows, width]`.
     fn read<'a>(&self, rows: &'a mut Self::Rows) -> &'a [f32];
 }

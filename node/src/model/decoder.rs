@@ -133,7 +133,13 @@ impl<B: Backend> Model for Decoder<B> {
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         b.head(&self.residual, batch, &self.head_norm, head, &mut self.logits);
         b.hidden(&self.residual, batch, &self.norm, &mut self.hidden);
-        Output { logits: b.read(&mut self.logits), hidden: b.read(&mut self.hidden) }
+        let hidden = b.read(&mut self.hidden);
+        let (logits, tokens) = b.choose(&mut self.logits, batch);
+        Output { logits, tokens, hidden }
+    }
+
+    fn picks(&self) -> bool {
+        B::PICKS
     }
 
     fn vocab(&self) -> usize {

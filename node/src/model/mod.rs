@@ -24,6 +24,11 @@ pub trait Model: Send {
     /// Computes one step. Calls `beat` after each layer.
     fn forward(&mut self, batch: &Batch, beat: &dyn Fn()) -> Output<'_>;
 
+    /// Whether it chooses tokens by itself where [`Batch::picks`] say how. Else they must be empty.
+    fn picks(&self) -> bool {
+        false
+    }
+
     /// Width of a hidden state, `E`.
     fn width(&self) -> usize;
 
@@ -37,8 +42,10 @@ pub trait Model: Send {
 /// What one step computed.
 #[derive(Debug, Clone, Copy)]
 pub struct Output<'a> {
-    /// Logits after each of the batch's `logit_rows`, `[S, V]`.
+    /// Logits after those of the batch's `logit_rows` that have no pick, `[S, V]`.
     pub logits: &'a [f32],
+    /// The tokens chosen after those that have one.
+    pub tokens: &'a [u32],
     /// Normed hidden states of the batch's `hidden_rows`, `[P, E]`.
     pub hidden: &'a [f32],
 }

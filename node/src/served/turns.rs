@@ -64,6 +64,10 @@ impl Model for InTurn {
         self.model.forward(batch, beat)
     }
 
+    fn picks(&self) -> bool {
+        self.model.picks()
+    }
+
     fn width(&self) -> usize {
         self.model.width()
     }

@@ -139,11 +139,16 @@ impl<D: Device, T: Plain> Buffer<D, T> {
 
     /// Reads as many values as `to` holds.
     pub(super) fn read(&self, to: &mut [T]) {
-        assert!(to.len() <= self.capacity, "only what is there is read");
+        self.read_from(0, to);
+    }
+
+    /// The same from its `first`th value on.
+    pub(super) fn read_from(&self, first: usize, to: &mut [T]) {
+        assert!(first + to.len() <= self.capacity, "only what is there is read");
         // SAFETY: plain values are bytes, any bytes are such values, and the buffer has as many
         unsafe {
             let bytes = std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to));
-            self.device.download(self.at, bytes);
+            self.device.download(self.at_value(first), bytes);
         }
     }
 

@@ -22,11 +22,18 @@ use self::{
     matrix::{Inputs, Matrix},
 };
 use super::{Activation, Backend, CacheShape, Experts, HeadNorms, Heads, KvDtype, Norm, Rope, View};
-use crate::{batch::Batch, kv::BLOCK_TOKENS, weights::Weight};
+use crate::{
+    batch::{Batch, Pick},
+    kv::BLOCK_TOKENS,
+    weights::Weight,
+};
 
 /// Warps of a block of attention, and threads of them.
 const ATTENTION_WARPS: usize = 4;
 const ATTENTION_THREADS: u32 = 128;
+
+/// Threads of a block that chooses a token.
+const PICK_THREADS: u32 = 512;
 
 /// What the inputs of every matrix must be a multiple of.
 pub const INPUTS_MULTIPLE: usize = matrix::GROUP;
@@ -41,6 +48,7 @@ pub struct Cuda<D: Device> {
     inputs: Inputs<D>,
     /// What a product gives before it is normed or weighed, `[T, N]`.
     product: Buffer<D, f32>,
+    picked: Picked<D>,
     /// Rotated queries, `[T, H, padded D]` of 16 bits.
     queries: Buffer<D, u16>,
     mixture: Mixture<D>,
@@ -64,6 +72,15 @@ struct Step<D: Device> {
     /// Unfinished sums of attention, and what they are worth.
     part_sums: Buffer<D, f32>,
     part_totals: Buffer<D, f32>,
+}
+
+/// Tokens that the device chooses.
+struct Picked<D: Device> {
+    picks: Buffer<D, u32>,
+    /// Which of the logits' rows they belong to.
+    rows: Buffer<D, u32>,
+    tokens: Buffer<D, u32>,
+    host: Vec<u32>,
 }
 
 /// Buffers of a mixture of experts.
@@ -247,6 +264,7 @@ fn words<T: Words>(items: &[T]) -> &[u32] {
 trait Words: Copy {}
 impl Words for Item {}
 impl Words for Whole {}
+impl Words for Pick {}
 
 impl<D: Device> Cache<D> {
     fn new(device: &Arc<D>, shape: CacheShape) -> Self {
@@ -299,6 +317,12 @@ impl<D: Device> Cuda<D> {
             step: Step::new(&device),
             inputs: Inputs::new(&device),
             product: Buffer::new(&device, 0),
+            picked: Picked {
+                picks: Buffer::new(&device, 0),
+                rows: Buffer::new(&device, 0),
+                tokens: Buffer::new(&device, 0),
+                host: Vec::new(),
+            },
             queries: Buffer::new(&device, 0),
             mixture,
             device,
@@ -535,6 +559,35 @@ impl<D: Device> Backend for Cuda<D> {
         }
     }
 
+    const PICKS: bool = true;
+
+    fn choose<'a>(&'a mut self, logits: &'a mut Rows<D>, batch: &Batch) -> (&'a [f32], &'a [u32]) {
+        if batch.picks.is_empty() {
+            return (self.read(logits), &[]);
+        }
+        let Picked { picks, rows, tokens, host } = &mut self.picked;
+        let of_rows = || batch.picks.iter().zip(0u32..);
+        let (chosen, which): (Vec<Pick>, Vec<u32>) = of_rows().filter_map(|(p, row)| Some(((*p)?, row))).unzip();
+        host.resize(chosen.len(), 0);
+        if !chosen.is_empty() {
+            picks.write(words(&chosen));
+            rows.write(&which);
+            tokens.reserve(chosen.len());
+            // SAFETY: the rows are there, and each has a pick and room for its token
+            unsafe {
+                launch!(self.device, c"pick_tokens", [chosen.len() as u32, 1], PICK_THREADS, 0; logits.values.at(),
+                    logits.width as i32, rows.at(), picks.at(), tokens.at());
+            }
+            tokens.read(host);
+        }
+        let others = || of_rows().filter(|(pick, _)| pick.is_none()).map(|(_, row)| row as usize);
+        logits.host.resize(others().count() * logits.width, 0.0);
+        for (row, to) in others().zip(logits.host.chunks_exact_mut(logits.width)) {
+            logits.values.read_from(row * logits.width, to);
+        }
+        (&logits.host, host)
+    }
+
     fn read<'a>(&self, rows: &'a mut Rows<D>) -> &'a [f32] {
         rows.host.resize(rows.count * rows.width, 0.0);
         if rows.is_half {
@@ -545,5 +598,104 @@ impl<D: Device> Backend for Cuda<D> {
             rows.values.read(&mut rows.host);
         }
         &rows.host
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{emulated::Emulated, *};
+
+    /// The tokens that the device chooses, and the logits it gives back of rows without a pick.
+    fn choose<D: Device>(device: Arc<D>, logits: &[f32], picks: &[Option<Pick>]) -> (Vec<f32>, Vec<u32>) {
+        let (mut cuda, width) = (Cuda::new(device), logits.len() / picks.len());
+        let mut rows = Rows { count: picks.len(), ..cuda.rows(0, width) };
+        rows.values.write(logits);
+        let batch = Batch { picks: picks.to_vec(), ..Batch::default() };
+        let (logits, tokens) = cuda.choose(&mut rows, &batch);
+        (logits.to_vec(), tokens.to_vec())
+    }
+
+    /// Whether a choice is right, by sorting and in f64.
+    fn check(logits: &[f32], pick: Pick, token: u32) -> Result<(), TestCaseError> {
+        let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if pick.temperature <= 0.0 || pick.top_k == 1 {
+            prop_assert_eq!(Some(token as usize), logits.iter().position(|x| *x == top));
+            return Ok(());
+        }
+        let weight = |x: f32| (f64::from(x - top) / f64::from(pick.temperature)).exp();
+        let mut sorted: Vec<f32> = logits.iter().copied().filter(|x| weight(*x) >= f64::from(pick.min_p)).collect();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let kth = if pick.top_k > 0 { sorted.get(pick.top_k as usize - 1) } else { None };
+        let least = kth.copied().unwrap_or(f32::NEG_INFINITY);
+        sorted.retain(|x| *x >= least);
+        let total: f64 = sorted.iter().map(|x| weight(*x)).sum();
+        let mut mass = 0.0;
+        let last = sorted.iter().position(|x| {
+            mass += weight(*x);
+            mass >= f64::from(pick.top_p) * total - 1e-5
+        });
+        let least = last.map_or(f32::NEG_INFINITY, |i| sorted[i]);
+        let kept = |x: &f32| *x >= least && weight(*x) >= f64::from(pick.min_p) - 1e-6;
+        prop_assert!(kept(&logits[token as usize]), "token {token} was to be dropped");
+        let up_to = |end: usize| logits[..end].iter().filter(|x| kept(x)).map(|x| weight(*x)).sum::<f64>();
+        let (before, upto, all) = (up_to(token as usize), up_to(token as usize + 1), up_to(logits.len()));
+        let draw = f64::from(pick.uniform) * all;
+        // what stands at the edge of the cut may be counted or not
+        let slack = 1e-3 * all + if pick.top_p < 1.0 { weight(least) } else { 0.0 };
+        prop_assert!(before - slack <= draw && draw <= upto + slack, "{draw} is not between {before} and {upto}");
+        Ok(())
+    }
+
+    fn a_pick() -> impl Strategy<Value = Pick> {
+        let temperature = prop_oneof![Just(0.0f32), 0.05f32..3.0];
+        let top_p = prop_oneof![Just(1.0f32), 0.01f32..1.0];
+        let min_p = prop_oneof![Just(0.0f32), 0.0f32..0.5];
+        let top_k = prop_oneof![Just(0), 1..50];
+        (temperature, top_p, min_p, 0.0f32..1.0, top_k).prop_map(|(temperature, top_p, min_p, uniform, top_k)| Pick {
+            temperature,
+            top_p,
+            min_p,
+            uniform,
+            top_k,
+        })
+    }
+
+    fn a_row() -> impl Strategy<Value = Vec<f32>> {
+        let logit = prop_oneof![4 => -8f32..8.0, 1 => (-3i32..4).prop_map(|x| x as f32)];
+        prop::collection::vec(logit, 700)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn a_token_is_chosen_as_sorting_would_choose_it(rows in prop::collection::vec((a_row(), prop::option::of(a_pick())), 1..4)) {
+            check_rows(Arc::new(Emulated::default()), &rows)?;
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    proptest! {
+        #[test]
+        #[ignore = "needs a GPU: benches/gpu/run.sh runs it"]
+        fn a_token_on_a_gpu_is_chosen_as_sorting_would_choose_it(
+            rows in prop::collection::vec((a_row(), prop::option::of(a_pick())), 1..4),
+        ) {
+            check_rows(driver::Gpu::open(0).unwrap(), &rows)?;
+        }
+    }
+
+    fn check_rows<D: Device>(device: Arc<D>, rows: &[(Vec<f32>, Option<Pick>)]) -> Result<(), TestCaseError> {
+        let (logits, picks): (Vec<_>, Vec<_>) = rows.iter().cloned().unzip();
+        let (others, tokens) = choose(device, &logits.concat(), &picks);
+        let picked = rows.iter().filter_map(|(logits, pick)| Some((logits, (*pick)?)));
+        prop_assert_eq!(picked.clone().count(), tokens.len());
+        picked.zip(&tokens).try_for_each(|((logits, pick), token)| check(logits, pick, *token))?;
+        let wanted: Vec<f32> =
+            rows.iter().filter(|(_, pick)| pick.is_none()).flat_map(|(logits, _)| logits.clone()).collect();
+        prop_assert_eq!(others, wanted);
+        Ok(())
     }
 }

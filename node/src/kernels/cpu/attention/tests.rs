@@ -169,7 +169,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 0 } else { 24 }))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 0 } else { 8 }))]
 
     /// The CUDA form, on a CPU in a GPU's place.
     #[test]

@@ -2,6 +2,7 @@
 // from `emulator/src/simt.h`, and the kernels run on a CPU, thread by thread, so that they can be tested where there is no GPU.
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 #ifdef EMULATED
 #include "simt.h"
@@ -52,6 +53,12 @@ __device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
+
+__device__ inline uint32_t float_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
 
 template <typename T> __device__ T from_float(float x);
 template <> __device__ inline bf16 from_float<bf16>(float x) { return to_bf16(x); }
