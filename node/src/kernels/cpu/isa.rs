@@ -12,6 +12,9 @@ pub enum Isa {
     /// AVX2 with FMA and F16C, as every processor since 2013 has them together.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// NEON with dot products of int8; the rest is what the compiler makes of plain loops, as all of these machines have NEON.
+    #[cfg(target_arch = "aarch64")]
+    Dotprod,
     /// Whatever the compiler makes of plain loops.
     Portable,
 }
@@ -35,6 +38,10 @@ impl Isa {
                 return Self::Avx2;
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            return Self::Dotprod;
+        }
         Self::Portable
     }
 
@@ -42,7 +49,9 @@ impl Isa {
     pub fn all_here() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
         let all = [Self::Amx, Self::Avx512Vnni, Self::Avx2, Self::Portable];
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        let all = [Self::Dotprod, Self::Portable];
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
         let all = [Self::Portable];
         let widest = all.iter().position(|isa| *isa == Self::detect()).unwrap_or_default();
         all[widest..].to_vec()
@@ -65,6 +74,8 @@ impl Isa {
             Self::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
+            #[cfg(target_arch = "aarch64")]
+            Self::Dotprod => "neon-dotprod",
             Self::Portable => "portable",
         }
     }
@@ -101,6 +112,8 @@ macro_rules! for_each_isa {
                 // SAFETY: as above
                 #[cfg(target_arch = "x86_64")]
                 $crate::kernels::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                #[cfg(target_arch = "aarch64")]
+                $crate::kernels::cpu::isa::Isa::Dotprod => body($($arg),*),
                 $crate::kernels::cpu::isa::Isa::Portable => body($($arg),*),
             }
         }

@@ -87,6 +87,8 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         // SAFETY: as above
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::avx2(kernel) },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Dotprod => kernel.run(Portable),
         Isa::Portable => kernel.run(Portable),
     }
 }

@@ -12,6 +12,8 @@ pub(super) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 use std::{cell::RefCell, ops::Range};
 
@@ -415,6 +417,8 @@ unsafe fn multiply_tiles(isa: Isa, tiles: &Tiles, strips: Range<usize>, rows: Ra
                     Isa::Amx | Isa::Avx512Vnni => avx512::multiply(format, tile, x, out),
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => avx2::multiply(format, tile, x, out),
+                    #[cfg(target_arch = "aarch64")]
+                    Isa::Dotprod => neon::multiply(format, tile, x, out),
                     Isa::Portable => portable::multiply(format, tile, x, out),
                 }
             }
