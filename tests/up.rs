@@ -62,6 +62,7 @@ async fn one_command_gives_a_cluster_that_heals_and_leaves_nothing_behind() {
     up.signal("INT");
     let ended = up.ended_within(Duration::from_secs(20)).expect("it ends within 20 s of SIGINT");
     assert_eq!(ended.code(), Some(0), "{}", up.output());
+    assert!(!up.output().contains("ERROR"), "{}", up.output());
     let (code, _, err) = run(&["status", "--admin", &admin]);
     assert_eq!(code, 69, "{err}");
     let left: Vec<&u32> = children.iter().filter(|pid| is_alive(**pid)).collect();

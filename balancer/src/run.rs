@@ -245,6 +245,8 @@ impl House {
         };
         self.admin_closing.send_replace(is_replaced);
         self.leave().await;
+        // a listener whose house goes without a word calls that an error
+        self.admin_closing.send_replace(true);
         Ok(())
     }
 
