@@ -20,7 +20,11 @@ use cudarc::{
 use super::device::{Device, ProductSizes};
 
 /// All kernels, for each generation of GPUs that `build.rs` was asked for.
-static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+static KERNELS: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+/// The driver reads words.
+#[repr(C, align(16))]
+struct Aligned<T: ?Sized>(T);
 
 /// Dynamic shared memory that a kernel gets without asking.
 const SHARED_BYTES: u32 = 48 << 10;
@@ -112,7 +116,7 @@ impl Gpu {
             let capability = |part| result::device::get_attribute(device, part);
             let major = capability(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = capability(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-            let module = result::module::load_data(KERNELS.as_ptr().cast()).map_err(|_| GpuError::NoKernels {
+            let module = result::module::load_data(KERNELS.0.as_ptr().cast()).map_err(|_| GpuError::NoKernels {
                 index,
                 name: name.clone(),
                 major,
