@@ -39,6 +39,10 @@ struct Args {
     #[cfg(feature = "cuda")]
     #[arg(long)]
     gpu: Option<usize>,
+    /// On a GPU: compute every row as if it were alone
+    #[cfg(feature = "cuda")]
+    #[arg(long)]
+    batch_invariant: bool,
     /// Lengths of prompts, each computed in one step
     #[arg(long, value_delimiter = ',', default_value = "16,128,512", value_parser = clap::value_parser!(u32).range(1..))]
     prefill: Vec<u32>,
@@ -245,7 +249,7 @@ fn load(file: &Checkpoint, args: &Args, threads: usize) -> Result<(Box<dyn Model
     if let Some(index) = args.gpu {
         let gpu = Gpu::open(index)?;
         let limits = Limits::of(file, gpu.copied_bytes_per_s()?, None);
-        return Ok((model::load(file, Cuda::new(gpu), capacity(args))?, limits));
+        return Ok((model::load(file, Cuda::new(gpu, args.batch_invariant), capacity(args))?, limits));
     }
     Ok((model::load(file, Cpu::new(threads), capacity(args))?, Limits::measure(file, threads)))
 }

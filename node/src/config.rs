@@ -113,6 +113,8 @@ pub enum DeviceConfig {
         gpu: usize,
         /// `gpu_memory_utilization`: the share of its memory that models may take, weights, keys and values.
         memory_share: f64,
+        /// `batch_invariant`: whether an answer must not depend on what shares its steps, at a cost. Cores always hold to that.
+        is_invariant: bool,
     },
 }
 
@@ -437,13 +439,14 @@ impl DeviceConfig {
         let wants_cuda = r.choice("device", &[("cpu", false), ("cuda", true)], false);
         let gpu = r.in_range("gpu", 0..=1024, 0usize);
         let memory_share = r.in_range("gpu_memory_utilization", 0.05..=1.0, 0.9);
+        let is_invariant = r.get_or("batch_invariant", false);
         match wants_cuda {
             false => Self::Cpu,
             #[cfg(feature = "cuda")]
-            true => Self::Cuda { gpu, memory_share },
+            true => Self::Cuda { gpu, memory_share, is_invariant },
             #[cfg(not(feature = "cuda"))]
             true => {
-                let _ = (gpu, memory_share);
+                let _ = (gpu, memory_share, is_invariant);
                 let fix = "use device = \"cpu\", or a build with CUDA (`make cuda-build`)";
                 r.problem("device", "this build has no CUDA support", fix);
                 Self::Cpu

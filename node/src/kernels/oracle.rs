@@ -112,7 +112,7 @@ fn compare(what: &str, file: &Checkpoint, tolerance: f32) {
 /// The tokens in one step, and the last one alone.
 fn compare_on_cuda<D: Device>(device: &Arc<D>, what: &str, file: &Checkpoint, tokens: &[u32], expected: &[f32]) {
     for cuts in [&[][..], &[tokens.len() - 1]] {
-        let found = logits(&mut *load(file, Cuda::new(device.clone())), tokens, cuts, &[3, 5]);
+        let found = logits(&mut *load(file, Cuda::new(device.clone(), false)), tokens, cuts, &[3, 5]);
         let error = error(&found, expected);
         assert!(error < 2e-2, "{what} on {}: relative error {error}", device.class());
     }
@@ -161,6 +161,29 @@ proptest! {
             let together = logits(&mut *load_with(&file, Cpu::new(threads), kv_dtype), &tokens, &cuts, &beside);
             let is_equal = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
             prop_assert!(is_equal, "{} {dtype:?} {}", arch.name(), kv_dtype.name());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3))]
+
+    /// The same law on CUDA's kernels, when it is asked for.
+    #[test]
+    fn logits_on_cuda_do_not_depend_on_company_or_chunks_when_they_must_not(
+        tokens in prop::collection::vec(0u32..64, 1..60),
+        beside in prop::collection::vec(0u32..64, 1..20),
+        mut cuts in prop::collection::vec(1usize..60, 0..4),
+    ) {
+        cuts.retain(|c| *c < tokens.len());
+        cuts.sort_unstable();
+        let invariant = || Cuda::new(Arc::new(Emulated::default()), true);
+        for (arch, dtype) in Architecture::ALL.into_iter().zip([GgmlDType::Q4_1, GgmlDType::BF16, GgmlDType::Q8_0].into_iter().cycle()) {
+            let file = tiny::model(arch, 7, dtype);
+            let alone = logits(&mut *load(&file, invariant()), &tokens, &[], &[]);
+            let together = logits(&mut *load(&file, invariant()), &tokens, &cuts, &beside);
+            let is_equal = alone.iter().zip(&together).all(|(a, b)| a.to_bits() == b.to_bits());
+            prop_assert!(is_equal, "{} {dtype:?}", arch.name());
         }
     }
 }

@@ -34,6 +34,7 @@ pub(super) enum Compute {
         gpu: Arc<Gpu>,
         /// `gpu_memory_utilization`
         share: f64,
+        is_invariant: bool,
     },
 }
 
@@ -46,9 +47,9 @@ impl Compute {
         match config.device {
             DeviceConfig::Cpu => Ok(Self::Cpu { threads: config.engine.threads }),
             #[cfg(feature = "cuda")]
-            DeviceConfig::Cuda { gpu, memory_share } => {
+            DeviceConfig::Cuda { gpu, memory_share, is_invariant } => {
                 let gpu = Gpu::open(gpu).map_err(|e| LoadError::Config(e.to_string()))?;
-                Ok(Self::Gpu { gpu, share: memory_share })
+                Ok(Self::Gpu { gpu, share: memory_share, is_invariant })
             }
         }
     }
@@ -62,7 +63,7 @@ impl Compute {
                 Memory { bytes: bytes / of * share, bound }
             }
             #[cfg(feature = "cuda")]
-            Self::Gpu { gpu, share } => {
+            Self::Gpu { gpu, share, .. } => {
                 let (free, total) = gpu.memory().unwrap_or_default();
                 let bytes = (total as f64 * share) as usize;
                 // what others have taken of it is theirs
@@ -96,9 +97,9 @@ impl Compute {
         match self {
             Self::Cpu { threads } => model::load(checkpoint, Cpu::new(*threads), capacity),
             #[cfg(feature = "cuda")]
-            Self::Gpu { gpu, .. } => {
+            Self::Gpu { gpu, is_invariant, .. } => {
                 check_shape(&Plan::read(checkpoint)?.shape)?;
-                model::load(checkpoint, Cuda::new(gpu.clone()), capacity)
+                model::load(checkpoint, Cuda::new(gpu.clone(), *is_invariant), capacity)
             }
         }
     }

@@ -5,8 +5,8 @@ use crate::{batch::Batch, kv::BLOCK_TOKENS};
 /// Columns of a block of threads that shares few; more of them go by [`Work::many`].
 pub(super) const FEW_COLUMNS: usize = 8;
 
-/// Blocks of tokens that one block of threads goes through for few columns. A sequence is always cut at the same places, whatever
-/// stands beside it.
+/// Blocks of tokens that one block of threads goes through for few columns: a multiple of its warps. A sequence is always cut at the
+/// same places, whatever stands beside it.
 const PART_BLOCKS: usize = 32;
 
 /// Some query heads of some rows of one sequence over some of its blocks: `Item` in `attention.cuh`.
@@ -51,8 +51,9 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// Lays out a step for `group` query heads to a key-value head; the kernel for many columns takes `many_columns`.
-    pub(super) fn fill(&mut self, batch: &Batch, group: usize, many_columns: usize) {
+    /// Lays out a step for `group` query heads to a key-value head. The kernel for many columns takes `many_columns`; without one, every
+    /// row goes by the other, whose sums are made in one order however the rows are cut into steps.
+    pub(super) fn fill(&mut self, batch: &Batch, group: usize, many_columns: Option<usize>) {
         self.few.clear();
         self.many.clear();
         self.wholes.clear();
@@ -60,8 +61,8 @@ impl Work {
         for span in &batch.spans {
             let columns = span.rows * group;
             // a few guessed tokens are still few columns
-            let is_few = columns <= 2 * FEW_COLUMNS.max(group);
-            let chunk = if is_few { FEW_COLUMNS } else { many_columns };
+            let many = many_columns.filter(|_| columns > 2 * FEW_COLUMNS.max(group));
+            let chunk = many.unwrap_or(FEW_COLUMNS);
             for first in (0..columns).step_by(chunk) {
                 let count = chunk.min(columns - first);
                 let last_row = (first + count - 1) / group;
@@ -75,7 +76,7 @@ impl Work {
                     end_block: (span.start + last_row + 1).div_ceil(BLOCK_TOKENS) as i32,
                     part: -1,
                 };
-                if is_few { self.split(item) } else { self.many.push(item) }
+                if many.is_some() { self.many.push(item) } else { self.split(item) }
             }
         }
     }
@@ -111,7 +112,7 @@ mod tests {
         fn every_column_meets_every_block_once(
             spans in prop::collection::vec((1usize..40, 0usize..2000), 1..5),
             group in 1usize..17,
-            many in prop_oneof![Just(64usize), Just(128)],
+            many in prop_oneof![Just(None), Just(Some(64usize)), Just(Some(128))],
         ) {
             let mut batch = Batch::default();
             for (rows, start) in &spans {
@@ -120,7 +121,7 @@ mod tests {
             let mut work = Work::default();
             work.fill(&batch, group, many);
             let mut met: HashMap<(i32, i32), Vec<i32>> = HashMap::new();
-            for (items, most) in [(&work.few, FEW_COLUMNS), (&work.many, many)] {
+            for (items, most) in [(&work.few, FEW_COLUMNS), (&work.many, many.unwrap_or(0))] {
                 for item in items {
                     prop_assert!(item.columns as usize <= most && item.columns > 0);
                     for column in item.first_column..item.first_column + item.columns {

@@ -65,6 +65,8 @@ enum Form<D: Device> {
 /// Rows of bf16 that are multiplied, with the sums of each 32 of them where minimums need them, and room for unpacked weights.
 pub(super) struct Inputs<D: Device> {
     device: Arc<D>,
+    /// Whether our own kernels multiply many rows too: they make each row's sums in one order, whatever the number of rows.
+    is_invariant: bool,
     /// `[T, K]`
     pub(super) rows: Buffer<D, bf16>,
     /// `[T, K / 32]`
@@ -288,10 +290,10 @@ impl<D: Device> Matrix<D> {
 }
 
 impl<D: Device> Inputs<D> {
-    pub(super) fn new(device: &Arc<D>) -> Self {
+    pub(super) fn new(device: &Arc<D>, is_invariant: bool) -> Self {
         let device = device.clone();
         let (rows, sums, unpacked) = (Buffer::new(&device, 0), Buffer::new(&device, 0), Buffer::new(&device, 0));
-        Self { device, rows, sums, unpacked }
+        Self { device, is_invariant, rows, sums, unpacked }
     }
 
     /// `out[T, N] = x @ W^T + bias` of its own rows, or added to `out`.
@@ -338,7 +340,7 @@ impl<D: Device> Inputs<D> {
         let device = self.device.clone();
         // SAFETY: the caller's promises
         unsafe {
-            if sizes.rows >= MANY_ROWS && self.multiply_many(x, part, out, sizes) {
+            if !self.is_invariant && sizes.rows >= MANY_ROWS && self.multiply_many(x, part, out, sizes) {
                 return;
             }
             let ProductSizes { rows, outputs, inputs, stride, add } = sizes;

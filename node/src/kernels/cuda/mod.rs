@@ -44,6 +44,7 @@ pub const HEAD_MAX: usize = 256;
 /// A GPU.
 pub struct Cuda<D: Device> {
     device: Arc<D>,
+    is_invariant: bool,
     step: Step<D>,
     inputs: Inputs<D>,
     /// What a product gives before it is normed or weighed, `[T, N]`.
@@ -214,9 +215,9 @@ impl<D: Device> Step<D> {
     }
 
     /// Copies the step's input in one piece.
-    fn fill(&mut self, batch: &Batch, heads: Heads) {
+    fn fill(&mut self, batch: &Batch, heads: Heads, is_invariant: bool) {
         let (group, padded) = (heads.query / heads.kv, padded(heads.dim));
-        self.work.fill(batch, group, many_columns(padded));
+        self.work.fill(batch, group, (!is_invariant).then(|| many_columns(padded)));
         let columns = self.work.parts * heads.kv * FEW_COLUMNS;
         self.part_sums.reserve(columns * padded);
         self.part_totals.reserve(2 * columns);
@@ -305,8 +306,9 @@ fn value_bytes(dtype: KvDtype) -> usize {
 }
 
 impl<D: Device> Cuda<D> {
-    /// All operations on one device.
-    pub fn new(device: Arc<D>) -> Self {
+    /// All operations on one device. When `is_invariant`, a row's bits do not depend on the rows beside it, nor on how its sequence is cut
+    /// into steps; prompts are slower then.
+    pub fn new(device: Arc<D>, is_invariant: bool) -> Self {
         let mixture = Mixture {
             scores: Buffer::new(&device, 0),
             weights: Buffer::new(&device, 0),
@@ -315,7 +317,7 @@ impl<D: Device> Cuda<D> {
         };
         Self {
             step: Step::new(&device),
-            inputs: Inputs::new(&device),
+            inputs: Inputs::new(&device, is_invariant),
             product: Buffer::new(&device, 0),
             picked: Picked {
                 picks: Buffer::new(&device, 0),
@@ -325,6 +327,7 @@ impl<D: Device> Cuda<D> {
             },
             queries: Buffer::new(&device, 0),
             mixture,
+            is_invariant,
             device,
         }
     }
@@ -404,7 +407,8 @@ impl<D: Device> Backend for Cuda<D> {
     type Cache = Cache<D>;
 
     fn class(&self) -> String {
-        self.device.class()
+        let class = self.device.class();
+        if self.is_invariant { class + "-invariant" } else { class }
     }
 
     fn matrix(&self, parts: Vec<Weight>, bias: Vec<f32>) -> Matrix<D> {
@@ -442,7 +446,7 @@ impl<D: Device> Backend for Cuda<D> {
     }
 
     fn begin(&mut self, batch: &Batch, cache: &Cache<D>) {
-        self.step.fill(batch, cache.shape.heads);
+        self.step.fill(batch, cache.shape.heads, self.is_invariant);
     }
 
     fn embed(&mut self, table: &Matrix<D>, batch: &Batch, scale: f32, out: &mut Rows<D>) {
@@ -609,7 +613,7 @@ mod tests {
 
     /// The tokens that the device chooses, and the logits it gives back of rows without a pick.
     fn choose<D: Device>(device: Arc<D>, logits: &[f32], picks: &[Option<Pick>]) -> (Vec<f32>, Vec<u32>) {
-        let (mut cuda, width) = (Cuda::new(device), logits.len() / picks.len());
+        let (mut cuda, width) = (Cuda::new(device, false), logits.len() / picks.len());
         let mut rows = Rows { count: picks.len(), ..cuda.rows(0, width) };
         rows.values.write(logits);
         let batch = Batch { picks: picks.to_vec(), ..Batch::default() };

@@ -169,7 +169,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 0 } else { 8 }))]
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 0 } else { 5 }))]
 
     /// The CUDA form, on a CPU in a GPU's place.
     #[test]
@@ -205,10 +205,16 @@ proptest! {
 
 fn compare_on_cuda<D: Device>(device: &Arc<D>, case: &Case, steps: &[Step]) -> Result<(), TestCaseError> {
     let expected = case.run(Reference, steps);
-    let found = case.run(Cuda::new(device.clone()), steps);
-    let error = error(&found, &expected);
-    let tolerance = if case.dtype == KvDtype::F16 { 6e-3 } else { 3e-2 };
-    prop_assert!(error < tolerance, "{} on {}: relative error {error}", case.dtype.name(), device.class());
+    for is_invariant in [false, true] {
+        let found = case.run(Cuda::new(device.clone(), is_invariant), steps);
+        let error = error(&found, &expected);
+        let tolerance = if case.dtype == KvDtype::F16 { 6e-3 } else { 3e-2 };
+        prop_assert!(error < tolerance, "{} on {}: relative error {error}", case.dtype.name(), device.class());
+        if is_invariant {
+            let at_once = case.run(Cuda::new(device.clone(), true), &case.at_once());
+            prop_assert!(bits(&found) == bits(&at_once), "{}: other bits when cut", case.dtype.name());
+        }
+    }
     Ok(())
 }
 

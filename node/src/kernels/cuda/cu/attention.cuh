@@ -298,8 +298,8 @@ __device__ void attend(const typename C::Used *queries, Layer<C> layer, const It
     const Used *own_queries = all_queries + first_of_warp * (PADDED + 8);
     Own own;
     own.clear();
-    // what lies before the first row's window no row sees
-    int first_block = max(item.first_block, seen[0].x / BLOCK_TOKENS);
+    // what lies before the first row's window no row sees; the same warp always has the same blocks, whatever rows are in the item
+    int first_block = max(item.first_block, seen[0].x / BLOCK_TOKENS / ATTENTION_WARPS * ATTENTION_WARPS);
     if (first_of_warp < item.columns)
         for (int block = first_block + (SPLIT ? warp_id() : 0); block < item.end_block; block += SPLIT ? ATTENTION_WARPS : 1)
             own.take(block, (size_t)tables[item.table + block] * shape.kv_heads + head, layer, own_queries, seen + first_of_warp,
