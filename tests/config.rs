@@ -142,6 +142,14 @@ fn a_model_that_is_not_there_says_where_it_was_looked_for() {
 }
 
 #[test]
+#[cfg(not(feature = "cuda"))]
+fn a_build_without_cuda_says_how_to_get_one_with_it() {
+    let (code, said) = refused("node", &format!("{LISTED}[node]\ndevice = \"cuda\"\n"));
+    assert_eq!(code, 64, "{said}");
+    demand(&said, &["node.device", "no CUDA support", "make cuda-build"]);
+}
+
+#[test]
 fn secrets_that_others_can_read_are_refused() {
     let (folder, _) = file("");
     let keys = folder.path().join("keys.toml");

@@ -11,7 +11,8 @@ use crate::support::{
     LOADING, MODEL,
     client::{Answer, Client, End, Load, chat, chat_stream},
     cluster::{Cluster, NodePlan, Plan, Registry},
-    process::tidegate,
+    etcd::free_port,
+    process::{Process, finish, tidegate},
     until,
 };
 
@@ -239,4 +240,29 @@ async fn the_least_recently_used_model_makes_room_and_one_with_running_answers_s
     let shown = tidegate().args(["model", "ps", "--admin", &address]).output().unwrap();
     let shown = String::from_utf8(shown.stdout).unwrap();
     assert!(shown.contains("NAME") && shown.contains("third") && shown.contains("not a sound model file"), "{shown}");
+}
+
+#[tokio::test]
+async fn random_weights_are_made_here_and_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let pull = |model: &str| finish(tidegate().args(["model", "pull", model]).env("TIDEGATE_DATA_DIR", folder.path()));
+    let (code, out, err) = pull("random:tiny");
+    assert!(code == 0 && out.contains("tiny.gguf"), "{code} {out}{err}");
+    let (code, _, err) = pull("random:gpt-5");
+    assert!(code == 64 && err.contains("llama-3.1-8b"), "{code} {err}");
+
+    let address = format!("127.0.0.1:{}", free_port());
+    let mut node = tidegate();
+    node.arg("node").env("TIDEGATE_DATA_DIR", folder.path()).env("TIDEGATE__NODE__MODEL", "random:tiny");
+    node.env("TIDEGATE__NODE__LISTEN", &address).env("TIDEGATE__NODE__ADMIN__LISTEN", "off");
+    let _node = Process::start("node", folder.path(), &mut node);
+    let client = Client::new();
+    let health = format!("http://{address}/health");
+    until("the node serves", LOADING, || async {
+        client.get(&health).await.is_ok_and(|answer| answer.body["status"] == "healthy")
+    })
+    .await;
+    let body = json!({"model": "random-tiny", "prompt": "abc", "max_tokens": 3, "ignore_eos": true});
+    let answer = client.post(&format!("http://{address}/v1/completions"), &body).await.unwrap();
+    assert!(answer.status == 200 && answer.body["usage"]["completion_tokens"] == 3, "{}", answer.body);
 }

@@ -115,8 +115,10 @@ impl<D: Device, T: Plain> Buffer<D, T> {
     /// Zeros.
     pub(super) fn zeros(device: &Arc<D>, capacity: usize) -> Self {
         let buffer = Self::new(device, capacity);
-        // SAFETY: the buffer has so many bytes
-        unsafe { device.clear(buffer.at, capacity * size_of::<T>()) };
+        if capacity > 0 {
+            // SAFETY: the buffer has so many bytes
+            unsafe { device.clear(buffer.at, capacity * size_of::<T>()) };
+        }
         buffer
     }
 
@@ -129,6 +131,9 @@ impl<D: Device, T: Plain> Buffer<D, T> {
 
     /// Writes values at its beginning.
     pub(super) fn write(&mut self, values: &[T]) {
+        if values.is_empty() {
+            return;
+        }
         self.reserve(values.len());
         // SAFETY: plain values are bytes, and the buffer has room for as many
         unsafe {
@@ -142,8 +147,11 @@ impl<D: Device, T: Plain> Buffer<D, T> {
         self.read_from(0, to);
     }
 
-    /// The same from its `first`th value on.
+    /// The same from its `first`th value on. Waits for the device, but not for nothing.
     pub(super) fn read_from(&self, first: usize, to: &mut [T]) {
+        if to.is_empty() {
+            return;
+        }
         assert!(first + to.len() <= self.capacity, "only what is there is read");
         // SAFETY: plain values are bytes, any bytes are such values, and the buffer has as many
         unsafe {

@@ -40,16 +40,19 @@ impl Device for Emulated {
     }
 
     unsafe fn upload(&self, to: u64, bytes: &[u8]) {
+        assert!(to != 0 && !bytes.is_empty(), "a driver may refuse to copy nothing");
         // SAFETY: the caller's promise
         unsafe { (to as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) {
+        assert!(from != 0 && !to.is_empty(), "a driver may refuse to copy nothing");
         // SAFETY: the caller's promise
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from as *const u8, to.len()) };
     }
 
     unsafe fn clear(&self, at: u64, bytes: usize) {
+        assert!(at != 0 && bytes > 0, "a driver may refuse to clear nothing");
         // SAFETY: the caller's promise
         unsafe { (at as *mut u8).write_bytes(0, bytes) };
     }
@@ -62,6 +65,7 @@ impl Device for Emulated {
         shared_bytes: u32,
         arguments: &mut [*mut c_void],
     ) {
+        assert!(x > 0 && y > 0, "a driver refuses {kernel:?} on an empty grid");
         // SAFETY: the caller's promises
         let is_there = unsafe { tidegate_emulator::launch(kernel, [x, y, 1], threads, shared_bytes, arguments) };
         assert!(is_there, "there is no kernel {kernel:?}");

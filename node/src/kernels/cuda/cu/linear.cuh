@@ -206,7 +206,7 @@ extern "C" __global__ void embed_dense(const bf16 *table, const uint32_t *tokens
 }
 EXPORT(embed_dense);
 
-// The first `rows` rows of a packed matrix as bf16 [rows, K], for products of many rows.
+// The same of packed tables; and a whole packed matrix as bf16 [N, K], for products of many rows.
 #define UNPACK(name, F)                                                                                                            \
     extern "C" __global__ void embed_##name(const uint8_t *tiles, const f16 *scales, const f16 *mins, const uint32_t *tokens,      \
                                             float scale, int K, float *out) {                                                      \
