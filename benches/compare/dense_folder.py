@@ -73,6 +73,7 @@ def config(field, is_tied):
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
+        "vocab_size": len(field("tokenizer.ggml.tokens")),
         "hidden_size": key("embedding_length"),
         "num_hidden_layers": key("block_count"),
         "intermediate_size": key("feed_forward_length"),
