@@ -29,6 +29,8 @@ pub(crate) struct Record {
     pub(crate) resumes: u32,
     /// Tokens that passed.
     pub(crate) tokens: usize,
+    /// Tokens of the prompt, where a node has said how many.
+    pub(crate) prompt_tokens: Option<u32>,
     first_token: Option<Instant>,
 }
 
@@ -45,6 +47,7 @@ impl Record {
             retries: 0,
             resumes: 0,
             tokens: 0,
+            prompt_tokens: None,
             first_token: None,
         }
     }
@@ -109,6 +112,7 @@ impl Drop for Record {
             retries = self.retries,
             resumes = self.resumes,
             tokens = self.tokens,
+            prompt_tokens = self.prompt_tokens,
             duration_ms = duration_s * 1e3,
             ttft_ms = ttft_s.map(|s| s * 1e3),
             "request"

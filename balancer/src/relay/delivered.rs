@@ -16,6 +16,8 @@ pub(crate) struct Delivered {
     overflowed: bool,
     /// Of the nodes that made them.
     by: Option<Fingerprint>,
+    /// How long the prompt is, once a node has said so.
+    prompt_tokens: Option<u32>,
 }
 
 /// The node's count of tokens is not ours: going on would lose or double some.
@@ -25,13 +27,13 @@ pub(crate) struct OutOfStep;
 impl Delivered {
     /// Counts, and remembers nothing.
     pub(crate) fn counting() -> Self {
-        Self { choices: Vec::new(), total: 0, overflowed: true, by: None }
+        Self { choices: Vec::new(), total: 0, overflowed: true, by: None, prompt_tokens: None }
     }
 
     /// Nothing yet, of this many choices.
     pub(crate) fn new(choices: u32) -> Self {
         let choices = vec![Vec::new(); choices.min(CHOICES_MAX) as usize];
-        Self { choices, total: 0, overflowed: false, by: None }
+        Self { choices, total: 0, overflowed: false, by: None, prompt_tokens: None }
     }
 
     /// An event with these tokens has passed.
@@ -65,6 +67,16 @@ impl Delivered {
         }
         self.by = Some(fingerprint);
         Ok(())
+    }
+
+    /// A node has read the prompt.
+    pub(crate) fn read_prompt(&mut self, tokens: u32) {
+        self.prompt_tokens = Some(tokens);
+    }
+
+    /// How long the prompt is, where a node has said so.
+    pub(crate) fn prompt_tokens(&self) -> Option<u32> {
+        self.prompt_tokens
     }
 
     /// Which nodes could go on, as far as that is known.

@@ -123,6 +123,7 @@ impl Events {
                 delivered.add(choice, offset, &tokens).map_err(|_| Malformed)?;
             }
             Some(EventId::By(fingerprint)) => delivered.made_by(fingerprint).map_err(|_| Malformed)?,
+            Some(EventId::Prompt(tokens)) => delivered.read_prompt(tokens),
             Some(EventId::End) => self.tail = Some(Tail::End),
             None if self.has_data => {
                 self.out.extend_from_slice(blank);
@@ -183,6 +184,12 @@ mod tests {
         assert_eq!(out, b": wait\n\ndata: {\"a\":1}\n\ndata: x\n\ndata: [DONE]\n\n");
         assert_eq!(delivered.resume().tokens, [vec![5, 6, 7]]);
         assert_eq!(tail, Some(Tail::End));
+    }
+
+    #[test]
+    fn what_a_node_says_of_the_prompt_is_kept_and_not_passed_on() {
+        let (out, delivered, _) = all(b"id: prompt:12\n\nid: 0:0:5\ndata: a\n\n", &[]).unwrap();
+        assert_eq!((out.as_slice(), delivered.prompt_tokens(), delivered.total()), (&b"data: a\n\n"[..], Some(12), 1));
     }
 
     #[test]

@@ -255,7 +255,7 @@ impl Relay {
             journey.count(record, &client);
             record.node = Some(target.id.clone());
             let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
-            record.tokens = journey.delivered.total();
+            (record.tokens, record.prompt_tokens) = (journey.delivered.total(), journey.delivered.prompt_tokens());
             match end {
                 LegEnd::Done => {
                     record.answered(200);

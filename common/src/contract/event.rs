@@ -4,7 +4,7 @@
 //! and the last event of the stream says `id: end`. The balancer keeps these lines and drops them; `data:` bytes pass untouched.
 //! An event may have an `id:` and no `data:` (a token that makes no text yet). Events with data and no `id:` belong to the next one that has
 //! one, and reach the client with it or not at all: so a token may make several events. The first event of a generation, `id: by:<fingerprint>`,
-//! says which nodes could go on with it. `event: handover` asks the balancer to go on elsewhere.
+//! says which nodes could go on with it, the next, `id: prompt:<tokens>`, how long its prompt is, as the edge counts no tokens itself. `event: handover` asks the balancer to go on elsewhere.
 //! The comment `: wait` says that a waiting request is still alive. `event: refused` says in the place of an answer why there is none, where
 //! the stream's head has gone out before that was known.
 
@@ -42,6 +42,8 @@ pub enum EventId {
     },
     /// Nodes with this fingerprint make the tokens that follow.
     By(Fingerprint),
+    /// The prompt has this many tokens. A node may leave it out.
+    Prompt(u32),
     /// Nothing comes after this event.
     End,
 }
@@ -51,6 +53,7 @@ impl fmt::Display for EventId {
         let (choice, offset, tokens) = match self {
             Self::Tokens { choice, offset, tokens } => (choice, offset, tokens),
             Self::By(fingerprint) => return write!(f, "by:{fingerprint}"),
+            Self::Prompt(tokens) => return write!(f, "prompt:{tokens}"),
             Self::End => return f.write_str("end"),
         };
         write!(f, "{choice}:{offset}:")?;
@@ -76,6 +79,9 @@ impl FromStr for EventId {
         }
         if let Some(fingerprint) = text.strip_prefix("by:") {
             return fingerprint.parse().map(Self::By).map_err(|_| InvalidEventId);
+        }
+        if let Some(tokens) = text.strip_prefix("prompt:") {
+            return tokens.parse().map(Self::Prompt).map_err(|_| InvalidEventId);
         }
         let mut parts = text.splitn(3, ':');
         let mut number = || parts.next()?.parse::<u32>().ok();
@@ -130,12 +136,14 @@ mod tests {
 
     #[test]
     fn foreign_ids_are_refused() {
-        for text in ["", "7", "1:2", "1:2:", "1:2:x", "-1:0:5", "by:", "by:7"] {
+        for text in ["", "7", "1:2", "1:2:", "1:2:x", "-1:0:5", "by:", "by:7", "prompt:", "prompt:-1"] {
             assert_eq!(text.parse::<EventId>(), Err(InvalidEventId), "{text}");
         }
         assert_eq!("end".parse(), Ok(EventId::End));
         let by = EventId::By(Fingerprint::new(7));
         assert_eq!(by.to_string().parse(), Ok(by));
+        assert_eq!("prompt:12".parse(), Ok(EventId::Prompt(12)));
+        assert_eq!(EventId::Prompt(12).to_string(), "prompt:12");
     }
 
     #[test]

@@ -313,6 +313,7 @@ impl Answer {
         let mut out = Vec::new();
         if self.frame.wire && !std::mem::replace(&mut self.begun, true) {
             event::write(&mut out, Some(&EventId::By(self.loaded.fingerprint)), None, None);
+            event::write(&mut out, Some(&EventId::Prompt(self.prompt_tokens as u32)), None, None);
         }
         while !self.ended && out.is_empty() {
             match self.next().await {

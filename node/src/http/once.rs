@@ -64,7 +64,9 @@ pub(super) async fn serve<Q: Question>(State(app): State<Arc<App>>, request: Req
     let mut response = match Opening::begin(&frame, open::<Q>(app.clone(), frame.clone(), request)).await {
         Opening::Done(Ok((loaded, begun))) => {
             record.admitted(begun.prompt_tokens, false);
-            Once { app, loaded, frame: its_frame, path, record }.answer(begun.work).await
+            Once { app, loaded, frame: its_frame, path, record, prompt_tokens: begun.prompt_tokens }
+                .answer(begun.work)
+                .await
         }
         Opening::Done(Err(error)) => {
             record.refused(&error);
@@ -74,7 +76,9 @@ pub(super) async fn serve<Q: Question>(State(app): State<Arc<App>>, request: Req
             match slow.finish(&app, &balancer).await {
                 Ok((loaded, begun)) => {
                     record.admitted(begun.prompt_tokens, false);
-                    Once { app, loaded, frame: its_frame, path, record }.send(begun.work, balancer).await;
+                    Once { app, loaded, frame: its_frame, path, record, prompt_tokens: begun.prompt_tokens }
+                        .send(begun.work, balancer)
+                        .await;
                 }
                 Err(unopened) => unopened.tell(record, &path, &balancer).await,
             }
@@ -103,6 +107,7 @@ struct Once {
     frame: Frame,
     path: String,
     record: Record,
+    prompt_tokens: usize,
 }
 
 impl Once {
@@ -157,6 +162,7 @@ impl Once {
             }
         };
         let mut out = Vec::new();
+        event::write(&mut out, Some(&EventId::Prompt(self.prompt_tokens as u32)), None, None);
         match &done {
             Ok(value) => event::write(&mut out, Some(&EventId::End), None, Some(value.to_string().as_bytes())),
             Err(outcome) if outcome.is_late() => {
