@@ -3,10 +3,9 @@
 //! Everything of an authority follows from its key, its name too, so nothing is ever read back from a certificate.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    fs::{self, DirBuilder},
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
@@ -15,7 +14,10 @@ use rcgen::{
     KeyUsagePurpose, PublicKeyData,
 };
 use sha2::{Digest, Sha256};
-use tidegate_common::ids::NodeId;
+use tidegate_common::{
+    ids::NodeId,
+    replace::{SECRET, replace},
+};
 
 use crate::exit::Failure;
 
@@ -147,22 +149,11 @@ impl Folder {
             return Err(Failure::usage(format!("{} is there already\n  fix: {fix}", there.display())));
         }
         let made = DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
-        let kept = made.and_then(|()| write(&key_path, key, 0o600)).and_then(|()| write(&cert_path, cert, 0o644));
+        let kept = made
+            .and_then(|()| replace(&key_path, key.as_bytes(), SECRET))
+            .and_then(|()| replace(&cert_path, cert.as_bytes(), 0o644));
         kept.map_err(|e| Failure::unavailable(format!("{}: cannot be written: {e}", self.0.display())))?;
         println!("{}\n{}", cert_path.display(), key_path.display());
         Ok(())
     }
-}
-
-/// Beside it first, so that whoever reads the file finds the old one or the new one.
-fn write(path: &Path, text: &str, mode: u32) -> io::Result<()> {
-    let beside = path.with_added_extension("new");
-    match fs::remove_file(&beside) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    let mut file: File = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
 }

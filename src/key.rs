@@ -1,80 +1,235 @@
-//! `tidegate key`: API keys. The key itself is shown once and never kept; the file holds its SHA-256.
+//! `tidegate key`: API keys. A key itself is shown once and never kept; the file holds its hash.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{ErrorKind, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    fs::OpenOptions,
+    io,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use rand::RngExt;
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use tidegate_balancer::auth::{
+    Grant, HashSecret, KeyEntry, KeyHash, KeyLimits, KeyState, KeysFile, Pattern, Scope, UnixSeconds, is_owner,
+};
+use tidegate_common::{
+    ids::SiteName,
+    replace::{SECRET, replace},
+};
 
 use crate::exit::Failure;
 
-/// Only its owner reads a file of keys, and the balancer insists on it.
-const MODE: u32 = 0o600;
-
-/// Make API keys for clients
+/// Make, list, rotate and revoke API keys for clients
 #[derive(Debug, clap::Subcommand)]
+#[command(
+    after_help = "The balancer reads the file when it starts and whenever it changes: set balancer.auth.keys_file to it.\n\n\
+Examples:\n  tidegate key create --file keys.toml --owner alice --expire-in 90d\n  \
+tidegate key create --file keys.toml --owner grafana --scope metrics --expire-in never\n  \
+tidegate key create --file keys.toml --owner bob --model 'smollm2*' --requests-per-second 5 --tokens-per-minute 60000\n  \
+tidegate key list --file keys.toml\n  tidegate key rotate k-1f2e3d4c --file keys.toml --overlap 7d\n  \
+tidegate key revoke k-1f2e3d4c --file keys.toml"
+)]
 pub(crate) enum Command {
-    /// Make a key, print it once, and add its SHA-256 to a file of keys
-    #[command(
-        after_help = "The balancer reads the file when it starts and when it changes: set balancer.auth.keys_file to it.\n\n\
-    Example:\n  tidegate key create --file keys.toml --owner alice --expire-in 90d"
-    )]
+    /// Make a key, print it once, and add its hash to a file of keys
     Create {
-        /// File of keys; made with mode 600 when it is not there
-        #[arg(long, value_name = "FILE")]
-        file: PathBuf,
+        #[command(flatten)]
+        at: Place,
         /// Who the key is for; stands in logs and metrics
         #[arg(long, value_name = "NAME", value_parser = owner)]
         owner: String,
         /// How long it is good for, such as 12h or 90d, or never
         #[arg(long, value_name = "TIME", default_value = "90d", value_parser = lifetime)]
         expire_in: Lifetime,
+        #[command(flatten)]
+        grant: GrantArgs,
     },
+    /// Show the keys of a file: what each may do, and until when
+    List {
+        /// File of keys
+        #[arg(long, value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Make a key that may do the same, and let the old one end a little later
+    Rotate {
+        /// Which key, by the id that `tidegate key list` shows
+        id: String,
+        #[command(flatten)]
+        at: Place,
+        /// How long both are good
+        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = humantime::parse_duration)]
+        overlap: Duration,
+        /// How long the new one is good for, such as 12h or 90d, or never
+        #[arg(long, value_name = "TIME", default_value = "90d", value_parser = lifetime)]
+        expire_in: Lifetime,
+    },
+    /// Take a key back at once, and with it every token that was made of it
+    Revoke {
+        /// Which key, by the id that `tidegate key list` shows
+        id: String,
+        /// File of keys
+        #[arg(long, value_name = "FILE")]
+        file: PathBuf,
+    },
+}
+
+/// Where keys are written.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Place {
+    /// File of keys; made with mode 600 when it is not there
+    #[arg(long, value_name = "FILE")]
+    file: PathBuf,
+    /// Key the hash with the secret of this file (balancer.auth.hash_secret_file); made with mode 600 when it is not there
+    #[arg(long, value_name = "FILE")]
+    hash_secret: Option<PathBuf>,
+}
+
+/// What a key may do.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub(crate) struct GrantArgs {
+    /// What it is good for: inference, metrics, logs, admin; inference when none is said
+    #[arg(long = "scope", value_name = "SCOPE", value_delimiter = ',')]
+    scopes: Vec<Scope>,
+    /// A model that it may ask for, with * for any characters; all of them when none is said
+    #[arg(long = "model", value_name = "NAME")]
+    models: Vec<Pattern>,
+    /// A site that its requests may not leave; any when none is said
+    #[arg(long = "site", value_name = "SITE")]
+    sites: Vec<SiteName>,
+    /// Steady rate of its requests, in the place of balancer.limits.per_key
+    #[arg(long, value_name = "N")]
+    requests_per_second: Option<f64>,
+    /// Requests that may come at once after a pause
+    #[arg(long, value_name = "N")]
+    burst: Option<u32>,
+    /// Steady rate of tokens, of prompts and answers together
+    #[arg(long, value_name = "N")]
+    tokens_per_minute: Option<u64>,
+    /// Generations at the same time
+    #[arg(long, value_name = "N")]
+    concurrent_streams: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Lifetime(Option<Duration>);
 
-/// The file as a whole: `[[keys]]`.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct File {
-    #[serde(default)]
-    keys: Vec<Entry>,
+impl From<GrantArgs> for Grant {
+    fn from(args: GrantArgs) -> Self {
+        let limits = KeyLimits {
+            requests_per_second: args.requests_per_second,
+            burst: args.burst,
+            tokens_per_minute: args.tokens_per_minute,
+            concurrent_streams: args.concurrent_streams,
+        };
+        let scopes = if args.scopes.is_empty() { Default::default() } else { args.scopes.into_iter().collect() };
+        let models = Some(args.models).filter(|models| !models.is_empty());
+        let sites = Some(args.sites).filter(|sites| !sites.is_empty());
+        Self { scopes, models, sites, limits }
+    }
 }
 
-#[derive(Debug, Serialize, Deserialize)]
-struct Entry {
-    id: String,
-    sha256: String,
-    owner: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    expires: Option<toml::Value>,
+impl Lifetime {
+    fn end(self) -> Result<Option<UnixSeconds>, Failure> {
+        let Some(time) = self.0 else { return Ok(None) };
+        let end = UnixSeconds::now().after(time);
+        end.map(Some).ok_or_else(|| Failure::usage("--expire-in: the time is too long; use never"))
+    }
 }
 
 pub(crate) fn run(command: Command) -> Result<(), Failure> {
-    let Command::Create { file, owner, expire_in } = command;
-    let mut keys = read(&file)?;
-    let key = format!("tg-{:032x}{:032x}", rand::rng().random::<u128>(), rand::rng().random::<u128>());
-    let entry = describe(&key, owner, expire_in, SystemTime::now())?;
-    let until = entry.expires.as_ref().and_then(toml::Value::as_str).unwrap_or("it is removed").to_owned();
-    eprintln!("key {} for {}, good until {until}; it is shown only now:", entry.id, entry.owner);
-    keys.keys.push(entry);
-    write(&file, &keys)?;
-    println!("{key}");
-    Ok(())
+    match command {
+        Command::Create { at, owner, expire_in, grant } => {
+            let expires = expire_in.end()?;
+            change(&at.file, |keys| at.add(keys, owner, grant.into(), expires))
+        }
+        Command::Rotate { id, at, overlap, expire_in } => {
+            let expires = expire_in.end()?;
+            change(&at.file, |keys| {
+                let old = find(keys, &id)?;
+                let until = UnixSeconds::now().after(overlap);
+                old.expires = old.expires.min(until).or(until);
+                let (owner, grant) = (old.owner.clone(), old.grant.clone());
+                at.add(keys, owner, grant, expires)
+            })
+        }
+        Command::Revoke { id, file } => change(&file, |keys| {
+            find(keys, &id)?.revoked = Some(UnixSeconds::now());
+            eprintln!("{id} is good no more, once the balancer has read the file");
+            Ok(())
+        }),
+        Command::List { file } => {
+            list(&KeysFile::read(&file)?, UnixSeconds::now());
+            Ok(())
+        }
+    }
+}
+
+impl Place {
+    fn add(
+        &self,
+        keys: &mut KeysFile,
+        owner: String,
+        grant: Grant,
+        expires: Option<UnixSeconds>,
+    ) -> Result<(), Failure> {
+        let secret = self.hash_secret.as_deref().map(secret).transpose()?;
+        let key = format!("tg-{:032x}{:032x}", rand::rng().random::<u128>(), rand::rng().random::<u128>());
+        let hash = KeyHash::of(key.as_bytes(), secret.as_ref());
+        let until = expires.map_or_else(|| "it is revoked".to_owned(), |at| at.to_string());
+        eprintln!("key {} for {owner}, good until {until}; it is shown only now:", hash.id());
+        keys.keys.push(KeyEntry { id: hash.id(), hash, owner, grant, expires, revoked: None });
+        println!("{key}");
+        Ok(())
+    }
+}
+
+/// Reads the file, changes it and writes it, while nobody else does.
+fn change(path: &Path, apply: impl FnOnce(&mut KeysFile) -> Result<(), Failure>) -> Result<(), Failure> {
+    let fail = |e: io::Error| Failure::unavailable(format!("{}: cannot be written: {e}", path.display()));
+    let lock = path.with_added_extension("lock");
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(fail)?;
+    lock.lock().map_err(fail)?;
+    let mut keys = KeysFile::read(path)?;
+    apply(&mut keys)?;
+    keys.write(path).map_err(fail)
+}
+
+fn find<'a>(keys: &'a mut KeysFile, id: &str) -> Result<&'a mut KeyEntry, Failure> {
+    let found = keys.keys.iter_mut().find(|key| key.id == id);
+    found.ok_or_else(|| Failure::usage(format!("no key has the id '{id}'\n  fix: see `tidegate key list`")))
+}
+
+/// The secret in this file, which is made when it is not there.
+fn secret(path: &Path) -> Result<HashSecret, Failure> {
+    if !path.exists() {
+        let secret = format!("{:032x}{:032x}\n", rand::rng().random::<u128>(), rand::rng().random::<u128>());
+        let made = replace(path, secret.as_bytes(), SECRET);
+        made.map_err(|e| Failure::unavailable(format!("{}: cannot be written: {e}", path.display())))?;
+    }
+    HashSecret::read(path).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+fn list(keys: &KeysFile, now: UnixSeconds) {
+    println!("{:<12} {:<16} {:<9} {:<21} {:<24} MODELS", "ID", "OWNER", "STATE", "UNTIL", "SCOPES");
+    for key in &keys.keys {
+        let state = match key.state(now) {
+            KeyState::Good => "good",
+            KeyState::Expired => "expired",
+            KeyState::Revoked => "revoked",
+        };
+        let until = key.revoked.or(key.expires).map_or_else(|| "-".to_owned(), |at| at.to_string());
+        let scopes: Vec<&str> = key.grant.scopes.iter().map(Scope::as_str).collect();
+        let models = key.grant.models.as_ref().map_or_else(
+            || "*".to_owned(),
+            |models| models.iter().map(ToString::to_string).collect::<Vec<_>>().join(","),
+        );
+        println!("{:<12} {:<16} {state:<9} {until:<21} {:<24} {models}", key.id, key.owner, scopes.join(","));
+    }
 }
 
 fn owner(text: &str) -> Result<String, String> {
-    if text.is_empty() || text.len() > 63 || !text.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err("use 1 to 63 printable ASCII characters without spaces".to_owned());
+    if is_owner(text) {
+        return Ok(text.to_owned());
     }
-    Ok(text.to_owned())
+    Err("use 1 to 63 printable ASCII characters without spaces".to_owned())
 }
 
 fn lifetime(text: &str) -> Result<Lifetime, String> {
@@ -87,56 +242,19 @@ fn lifetime(text: &str) -> Result<Lifetime, String> {
     }
 }
 
-fn describe(key: &str, owner: String, lifetime: Lifetime, now: SystemTime) -> Result<Entry, Failure> {
-    let digest = Sha256::digest(key.as_bytes());
-    let sha256: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    let expires = match lifetime.0 {
-        None => None,
-        Some(time) => {
-            let at = now.checked_add(time).filter(|at| *at < SystemTime::UNIX_EPOCH + MOST_DISTANT);
-            let at = at.ok_or_else(|| Failure::usage("--expire-in: the time is too long; use never"))?;
-            Some(toml::Value::String(humantime::format_rfc3339_seconds(at).to_string()))
-        }
-    };
-    Ok(Entry { id: format!("k-{}", &sha256[..8]), sha256, owner, expires })
-}
-
-/// The end of the year 9999, after which RFC 3339 has no form.
-const MOST_DISTANT: Duration = Duration::from_secs(253_402_300_799);
-
-fn read(path: &Path) -> Result<File, Failure> {
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(File::default()),
-        Err(e) => return Err(Failure::usage(format!("{}: cannot be read: {e}", path.display()))),
-    };
-    let mode = fs::metadata(path).map_or(MODE, |meta| meta.permissions().mode() & 0o777);
-    if mode & 0o077 != 0 {
-        let path = path.display();
-        return Err(Failure::usage(format!(
-            "{path}: has mode {mode:o}, so others can reach it\n  fix: chmod 600 {path}"
-        )));
-    }
-    toml::from_str(&text).map_err(|e| Failure::usage(format!("{}: is not a file of keys: {e}", path.display())))
-}
-
-/// Written beside and moved into place, so that a balancer that reads it never sees half a file.
-fn write(path: &Path, keys: &File) -> Result<(), Failure> {
-    let fail = |e: std::io::Error| Failure::unavailable(format!("{}: cannot be written: {e}", path.display()));
-    let text = toml::to_string(keys).map_err(|e| Failure::internal(e.to_string()))?;
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(".new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(MODE).open(&draft).map_err(fail)?;
-    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(fail)?;
-    fs::rename(&draft, path).map_err(fail)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
     use super::*;
 
+    fn at(file: &Path) -> Place {
+        Place { file: file.to_owned(), hash_secret: None }
+    }
+
     fn create(file: &Path, owner: &str) -> Result<(), Failure> {
-        run(Command::Create { file: file.to_owned(), owner: owner.to_owned(), expire_in: lifetime("90d").unwrap() })
+        let (owner, expire_in) = (owner.to_owned(), lifetime("90d").unwrap());
+        run(Command::Create { at: at(file), owner, expire_in, grant: GrantArgs::default() })
     }
 
     #[test]
@@ -145,11 +263,39 @@ mod tests {
         let path = dir.path().join("keys.toml");
         create(&path, "alice").unwrap();
         create(&path, "bob").unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
-        assert_eq!(read(&path).unwrap().keys.len(), 2);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, SECRET);
+        assert_eq!(KeysFile::read(&path).unwrap().keys.len(), 2);
         let config = format!("[balancer.auth]\nkeys_file = {path:?}");
         let raw = tidegate_common::config::Raw::from_toml(&config, "t").unwrap();
         raw.check(tidegate_balancer::BalancerConfig::read).unwrap();
+    }
+
+    #[test]
+    fn a_rotated_key_ends_after_the_overlap_and_a_revoked_one_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.toml");
+        create(&path, "alice").unwrap();
+        let id = KeysFile::read(&path).unwrap().keys[0].id.clone();
+        let (overlap, expire_in) = (Duration::from_secs(3600), lifetime("never").unwrap());
+        run(Command::Rotate { id: id.clone(), at: at(&path), overlap, expire_in }).unwrap();
+        let keys = KeysFile::read(&path).unwrap().keys;
+        let (now, later) = (UnixSeconds::now(), UnixSeconds::now().after(2 * overlap).unwrap());
+        assert_eq!([keys[0].state(now), keys[0].state(later)], [KeyState::Good, KeyState::Expired]);
+        assert_eq!((keys[1].owner.as_str(), keys[1].state(later)), ("alice", KeyState::Good));
+        run(Command::Revoke { id: keys[1].id.clone(), file: path.clone() }).unwrap();
+        assert_eq!(KeysFile::read(&path).unwrap().keys[1].state(UnixSeconds::now()), KeyState::Revoked);
+        assert!(run(Command::Revoke { id: "k-none".into(), file: path }).is_err());
+    }
+
+    #[test]
+    fn a_keyed_hash_needs_its_secret() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, secret) = (dir.path().join("keys.toml"), dir.path().join("keys.secret"));
+        let at = Place { file: file.clone(), hash_secret: Some(secret.clone()) };
+        let expire_in = lifetime("1d").unwrap();
+        run(Command::Create { at, owner: "a".into(), expire_in, grant: GrantArgs::default() }).unwrap();
+        assert_eq!(fs::metadata(&secret).unwrap().permissions().mode() & 0o777, SECRET);
+        assert!(matches!(KeysFile::read(&file).unwrap().keys[0].hash, KeyHash::HmacSha256(_)));
     }
 
     #[test]
@@ -162,13 +308,9 @@ mod tests {
     }
 
     #[test]
-    fn the_digest_and_the_expiry_are_what_they_say() {
-        // SHA-256 of "one", as `printf one | sha256sum` gives it
-        let entry = describe("one", "a".into(), lifetime("1d").unwrap(), SystemTime::UNIX_EPOCH).unwrap();
-        assert_eq!(entry.sha256, "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed");
-        assert_eq!(entry.expires.unwrap().as_str(), Some("1970-01-02T00:00:00Z"));
-        assert!(describe("one", "a".into(), lifetime("9000000y").unwrap(), SystemTime::now()).is_err());
+    fn times_and_owners_are_checked() {
         assert_eq!(lifetime("never"), Ok(Lifetime(None)));
         assert!(lifetime("0s").is_err() && lifetime("soon").is_err() && owner("a b").is_err());
+        assert!(lifetime("9000000y").unwrap().end().is_err());
     }
 }

@@ -11,7 +11,11 @@ use tidegate_common::{
     ids::{Color, NodeId, SiteName},
 };
 
-use crate::{drain::OpenRequests, metrics::Metrics, pool::PoolView};
+use crate::{
+    drain::OpenRequests,
+    metrics::{self, Metrics},
+    pool::PoolView,
+};
 
 pub use crate::pool::Phase;
 
@@ -95,7 +99,7 @@ impl Admin {
             "/healthz" => text(StatusCode::OK, "ok\n"),
             "/readyz" => self.readiness(),
             "/members" => json(StatusCode::OK, &self.pool.load().report),
-            "/metrics" => answer(StatusCode::OK, "text/plain; version=0.0.4", self.metrics.render()),
+            "/metrics" => answer(StatusCode::OK, metrics::MEDIA_TYPE, self.metrics.render()),
             _ => error(&ApiError::new(ErrorKind::NotFound, "unknown_path", "see /metrics /members /healthz /readyz")),
         }
     }

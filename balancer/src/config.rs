@@ -12,7 +12,7 @@ use tidegate_common::{
 };
 
 use crate::{
-    accept::Allowlist, auth::Keys, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
+    accept::Allowlist, auth::Auth, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
     upstreams::UpstreamConfig,
 };
 
@@ -30,7 +30,7 @@ pub struct BalancerConfig {
     pub(crate) allowlist: Allowlist,
     pub(crate) drain_grace: Duration,
     pub(crate) tls: Option<Arc<ServerConfig>>,
-    pub(crate) keys: Option<Arc<Keys>>,
+    pub(crate) auth: Option<Arc<Auth>>,
     pub(crate) limits: LimitsConfig,
     pub(crate) health: HealthConfig,
     pub(crate) relay: RelayConfig,
@@ -126,7 +126,7 @@ impl BalancerConfig {
             allowlist: Allowlist::read(&r),
             drain_grace: r.duration_or("drain_grace", Duration::from_secs(30)),
             tls: read_tls(&tls),
-            keys: Keys::read(&auth).map(Arc::new),
+            auth: Auth::read(&auth).map(Arc::new),
             limits: LimitsConfig::read(&r.section("limits")),
             health: HealthConfig::read(&r.section("health")),
             relay: RelayConfig::read(&r.section("relay")),
@@ -195,7 +195,7 @@ fn named_files(
     upstreams: &[UpstreamConfig],
 ) -> Vec<PathBuf> {
     let sections: [(&Reader<'_>, &[&str]); 3] =
-        [(tls, &["cert", "key"]), (auth, &["keys_file"]), (upstream_tls, &["ca", "cert", "key"])];
+        [(tls, &["cert", "key"]), (auth, &["keys_file", "hash_secret_file"]), (upstream_tls, &["ca", "cert", "key"])];
     let named = sections.into_iter().flat_map(|(section, keys)| keys.iter().filter_map(|key| section.get(key)));
     named.chain(upstreams.iter().flat_map(UpstreamConfig::files).cloned()).collect()
 }

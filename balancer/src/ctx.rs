@@ -7,10 +7,16 @@ use std::{
 
 use http::Method;
 use pingora::protocols::http::ServerSession;
-use tidegate_common::{contract::headers, ids::RequestId};
+use tidegate_common::{
+    contract::{ApiError, headers},
+    ids::RequestId,
+};
 use tokio::time::Instant;
 
-use crate::{auth::UnixSeconds, route};
+use crate::{
+    auth::{Principal, UnixSeconds},
+    route,
+};
 
 /// The frame of one request.
 #[derive(Debug, Clone)]
@@ -22,21 +28,31 @@ pub(crate) struct RequestCtx {
     pub(crate) path: &'static str,
     pub(crate) client: Option<IpAddr>,
     pub(crate) http: &'static str,
-    /// Whose key it came with.
-    pub(crate) tenant: Option<Arc<str>>,
+    /// Who asks, where credentials are asked for.
+    pub(crate) principal: Option<Arc<Principal>>,
     pub(crate) started: Instant,
     /// The answer's `created`.
     pub(crate) created: UnixSeconds,
 }
 
 impl RequestCtx {
+    /// Whose credential it came with.
+    pub(crate) fn tenant(&self) -> Option<&Arc<str>> {
+        self.principal.as_ref().map(|principal| &principal.owner)
+    }
+
+    /// Refuses a model that who asks may not use.
+    pub(crate) fn demand_model(&self, model: &str) -> Result<(), ApiError> {
+        self.principal.as_ref().map_or(Ok(()), |principal| principal.demand_model(model))
+    }
+
     /// Who takes a share of a node with it: the key's owner, else the client's address, of IPv6 the network of one site.
     pub(crate) fn payer(&self) -> Option<Arc<str>> {
         let of_address = |address: IpAddr| match address {
             IpAddr::V4(address) => address.to_string().into(),
             IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).to_string().into(),
         };
-        self.tenant.clone().or_else(|| self.client.map(of_address))
+        self.tenant().cloned().or_else(|| self.client.map(of_address))
     }
 
     /// The frame of the request whose head `session` has just read.
@@ -47,7 +63,7 @@ impl RequestCtx {
             id: RequestId::from_client(given),
             method: head.method.clone(),
             path: route::label(head.uri.path()),
-            tenant: None,
+            principal: None,
             ..Self::of_unread(session)
         }
     }
@@ -60,7 +76,7 @@ impl RequestCtx {
             path: "other",
             client: session.client_addr().and_then(|a| a.as_inet()).map(|a| a.ip().to_canonical()),
             http: session.session_type(),
-            tenant: None,
+            principal: None,
             started: Instant::now(),
             created: UnixSeconds::now(),
         }

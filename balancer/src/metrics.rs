@@ -84,6 +84,9 @@ impl Metrics {
     }
 }
 
+/// Of the text that Prometheus reads.
+pub(crate) const MEDIA_TYPE: &str = "text/plain; version=0.0.4";
+
 const CONSTANT: &str = "names and labels are constant and well formed";
 
 fn opts(name: &str, help: &str) -> Opts {

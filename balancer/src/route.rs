@@ -5,7 +5,10 @@ use std::time::Duration;
 use http::Method;
 use tidegate_common::contract::{ApiError, ErrorKind, paths};
 
-use crate::pool::{Pool, Snapshot};
+use crate::{
+    auth::Scope,
+    pool::{Pool, Snapshot},
+};
 
 /// What a path and method mean at the edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,13 +21,29 @@ pub(crate) enum Route {
     Document(&'static str),
     /// A generation at this path.
     Generation(&'static str),
+    /// What the private listener shows at this path, for credentials that may see it.
+    Private(&'static str),
 }
+
+impl Route {
+    /// What a credential needs for it.
+    pub(crate) fn scope(self) -> Scope {
+        match self {
+            Self::Private(paths::METRICS) => Scope::Metrics,
+            Self::Private(_) => Scope::Admin,
+            Self::Health | Self::Models | Self::Document(_) | Self::Generation(_) => Scope::Inference,
+        }
+    }
+}
+
+/// The cluster as this balancer sees it.
+pub(crate) const MEMBERS: &str = "/members";
 
 /// Methods that a known path takes.
 pub(crate) fn allowed(path: &str) -> Option<&'static str> {
     match path {
         paths::HEALTH => Some("GET, HEAD"),
-        paths::MODELS | paths::OPENAPI | paths::DOCS => Some("GET"),
+        paths::MODELS | paths::OPENAPI | paths::DOCS | paths::METRICS | MEMBERS => Some("GET"),
         _ if paths::is_generation(path) => Some("POST"),
         _ => None,
     }
@@ -32,7 +51,9 @@ pub(crate) fn allowed(path: &str) -> Option<&'static str> {
 
 /// A path as a label: one of ours, or one word for all others.
 pub(crate) fn label(path: &str) -> &'static str {
-    let known = [paths::HEALTH, paths::MODELS, paths::OPENAPI, paths::DOCS].into_iter().chain(paths::GENERATIONS);
+    let known = [paths::HEALTH, paths::MODELS, paths::OPENAPI, paths::DOCS, paths::METRICS, MEMBERS]
+        .into_iter()
+        .chain(paths::GENERATIONS);
     known.into_iter().find(|known| *known == path).unwrap_or("other")
 }
 
@@ -42,6 +63,7 @@ pub(crate) fn route(method: &Method, path: &str) -> Result<Route, ApiError> {
         (&Method::GET | &Method::HEAD, paths::HEALTH) => Ok(Route::Health),
         (&Method::GET, paths::MODELS) => Ok(Route::Models),
         (&Method::GET, paths::OPENAPI | paths::DOCS) => Ok(Route::Document(label(path))),
+        (&Method::GET, paths::METRICS | MEMBERS) => Ok(Route::Private(label(path))),
         (&Method::POST, path) if paths::is_generation(path) => Ok(Route::Generation(label(path))),
         (method, path) => Err(refusal(method, path)),
     }
@@ -54,8 +76,13 @@ fn refusal(method: &Method, path: &str) -> ApiError {
             let message = format!("{shown} takes {methods}, not {method}");
             ApiError::new(ErrorKind::MethodNotAllowed, "method_not_allowed", message)
         }
-        None => ApiError::new(ErrorKind::NotFound, "unknown_path", format!("there is no {shown} here")),
+        None => unknown(&shown),
     }
+}
+
+/// There is nothing at this path.
+pub(crate) fn unknown(path: &str) -> ApiError {
+    ApiError::new(ErrorKind::NotFound, "unknown_path", format!("there is no {path} here"))
 }
 
 /// The pool that serves `model`; without a name, that of the members' default model, or the only one there is.
@@ -119,12 +146,12 @@ mod tests {
         for (method, path, status) in [
             (Method::GET, "/v1/chat/completions", 405),
             (Method::DELETE, "/v1/models", 405),
-            (Method::GET, "/metrics", 404),
+            (Method::POST, "/metrics", 405),
             (Method::GET, "/v1/models/", 404),
             (Method::POST, "/", 404),
         ] {
             assert_eq!(route(&method, path).unwrap_err().status(), status, "{method} {path}");
         }
-        assert_eq!(label("/metrics"), "other");
+        assert_eq!(label("/secret"), "other");
     }
 }

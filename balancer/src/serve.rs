@@ -7,7 +7,6 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{HeaderName, header::AUTHORIZATION};
 use pingora::{
     ErrorType::InvalidHTTPHeader,
     apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream},
@@ -18,25 +17,23 @@ use pingora::{
     server::ShutdownWatch,
 };
 use serde_json::json;
-use tidegate_common::contract::{ApiError, ErrorKind};
+use tidegate_common::contract::{ApiError, ErrorKind, paths};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     answer::{self, Answer},
-    auth::{self, UnixSeconds},
+    auth::UnixSeconds,
     body::Wish,
     ctx::RequestCtx,
     drain::OpenRequests,
     limits::{self, BodyError, Places},
     live::{Current, Live},
-    metrics::Metrics,
+    metrics::{self, Metrics},
     record::Record,
     relay::Generation,
     route::{self, Route},
 };
 
-/// Where Anthropic's clients put their key.
-const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// How long a client may take to read a small answer.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection without a request stays at the end.
@@ -165,10 +162,11 @@ impl Edge {
         if route == Ok(Route::Health) {
             return Ok(self.health(live, session, record).await);
         }
-        if let Some(keys) = &live.config.keys {
-            let header = |name| session.get_header(name).map(|v| v.as_bytes());
-            let given = header(AUTHORIZATION).and_then(auth::bearer).or_else(|| header(API_KEY));
-            record.ctx.tenant = Some(keys.owner(given, UnixSeconds::now())?);
+        if let Some(auth) = &live.config.auth {
+            let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now())?);
+            if let Ok(route) = route {
+                principal.demand(route.scope())?;
+            }
         }
         let _place = self.places.enter(limits.concurrent_requests_max)?;
         match route? {
@@ -176,6 +174,10 @@ impl Edge {
             Route::Models => Ok(self.models(live, session, record).await),
             Route::Document(path) => document(live, path, session, record).await,
             Route::Generation(path) => generate(live, path, session, record).await,
+            // whoever could ask without a credential is nobody that may see it
+            Route::Private(path) if record.ctx.principal.is_none() => Err(route::unknown(path)),
+            Route::Private(paths::METRICS) => Ok(self.figures(session, record).await),
+            Route::Private(_) => Ok(members(live, session, record).await),
         }
     }
 
@@ -195,8 +197,17 @@ impl Edge {
         let created = record.ctx.created.0 - self.started.elapsed().as_secs().min(record.ctx.created.0);
         let model = |id: &String| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate"});
         let ids: BTreeMap<_, _> = snapshot.models.iter().filter(|(_, pool)| !pool.ready.is_empty()).collect();
-        let data: Vec<_> = ids.into_keys().map(model).collect();
+        let may_ask =
+            |id: &&String| record.ctx.principal.as_ref().is_none_or(|principal| principal.grant.has_model(id));
+        let data: Vec<_> = ids.into_keys().filter(may_ask).map(model).collect();
         write_json(session, record, 200, &json!({"object": "list", "data": data})).await
+    }
+
+    async fn figures(&self, session: &mut ServerSession, record: &mut Record) -> Ended {
+        record.answered(200);
+        let body = Bytes::from(self.metrics.render());
+        let answer = Answer { media_type: metrics::MEDIA_TYPE.into(), ..Answer::json(200, body) };
+        answer::write(session, &record.ctx.id, None, answer).await.into()
     }
 
     async fn finish(&self, mut session: ServerSession, ended: Ended) -> Option<ReusedHttpStream> {
@@ -227,6 +238,11 @@ async fn generate(
     };
     let wish = Wish::read(&body)?;
     Ok(live.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+}
+
+async fn members(live: &Live, session: &mut ServerSession, record: &mut Record) -> Ended {
+    let report = serde_json::to_value(&live.relay.pool.load().report).unwrap_or_default();
+    write_json(session, record, 200, &report).await
 }
 
 /// Nodes know the API; all of them say the same of it.

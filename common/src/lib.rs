@@ -9,6 +9,7 @@ pub mod contract;
 pub mod registry;
 pub mod tls;
 pub mod data_dir;
+pub mod replace;
 pub mod holder;
 pub mod shutdown;
 pub mod reload;

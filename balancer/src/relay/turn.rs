@@ -93,6 +93,9 @@ impl Relay {
             Err(error) => return Turn::Never(error),
         };
         record.model = model.to_owned();
+        if let Err(error) = record.ctx.demand_model(model) {
+            return Turn::Never(error);
+        }
         if pool.nodes == 0 && !generation.is_common() {
             return Turn::Never(not_abroad(generation, model));
         }

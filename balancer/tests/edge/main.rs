@@ -7,6 +7,7 @@
 
 mod support;
 mod requests;
+mod auth;
 mod relay;
 mod foreign;
 mod pool;
