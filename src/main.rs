@@ -10,6 +10,7 @@ mod model;
 mod status;
 mod drain;
 mod key;
+mod token;
 mod ca;
 mod settings;
 mod private;
@@ -78,6 +79,8 @@ enum Command {
     #[command(subcommand)]
     Key(key::Command),
     #[command(subcommand)]
+    Token(token::Command),
+    #[command(subcommand)]
     Ca(ca::Command),
 }
 
@@ -93,6 +96,7 @@ impl Command {
             Self::Drain(args) => drain::run(drain::Order::Drain, &args),
             Self::Undrain(args) => drain::run(drain::Order::Undrain, &args),
             Self::Key(command) => key::run(command),
+            Self::Token(command) => token::run(command),
             Self::Ca(command) => ca::run(command),
         }
     }

@@ -8,11 +8,11 @@ use bytesize::ByteSize;
 use rustls::ServerConfig;
 use tidegate_common::{
     config::{Reader, read_pair},
-    tls::{self, Identity, MinVersion},
+    tls::{self, Clients, Identity, MinVersion},
 };
 
 use crate::{
-    accept::Allowlist, auth::Auth, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
+    accept::Allowlist, auth::Auth, names::Certificates, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
     upstreams::UpstreamConfig,
 };
 
@@ -29,7 +29,7 @@ pub struct BalancerConfig {
     pub(crate) threads: usize,
     pub(crate) allowlist: Allowlist,
     pub(crate) drain_grace: Duration,
-    pub(crate) tls: Option<Arc<ServerConfig>>,
+    pub(crate) tls: Option<EdgeTls>,
     pub(crate) auth: Option<Arc<Auth>>,
     pub(crate) limits: LimitsConfig,
     pub(crate) health: HealthConfig,
@@ -99,6 +99,15 @@ pub(crate) struct UpstreamTls {
     pub(crate) identity: Option<(PathBuf, PathBuf)>,
 }
 
+/// `[balancer.tls]`.
+#[derive(Clone)]
+pub(crate) struct EdgeTls {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) certificates: Arc<Certificates>,
+    /// Whether clients may show certificates of their own.
+    pub(crate) takes_certificates: bool,
+}
+
 impl BalancerConfig {
     /// Sections and keys that hold from a start to the end; all others a reload may change.
     pub const FIXED: [&str; 8] = [
@@ -119,21 +128,30 @@ impl BalancerConfig {
         let insecure = r.get_or("insecure", false);
         let (tls, auth, upstream_tls) = (r.section("tls"), r.section("auth"), r.section("upstream_tls"));
         let upstreams = UpstreamConfig::read_all(&r, insecure);
+        let edge_tls = read_tls(&tls);
+        let takes_certificates = edge_tls.as_ref().is_some_and(|tls| tls.takes_certificates);
+        let known = Auth::read(&auth, takes_certificates);
         let config = Self {
             listen: read_listen(&r),
             admin: read_admin(&r.section("admin"), insecure),
             threads: r.in_range("threads", 1..=1024, available_threads()),
             allowlist: Allowlist::read(&r),
             drain_grace: r.duration_or("drain_grace", Duration::from_secs(30)),
-            tls: read_tls(&tls),
-            auth: Auth::read(&auth).map(Arc::new),
             limits: LimitsConfig::read(&r.section("limits")),
             health: HealthConfig::read(&r.section("health")),
             relay: RelayConfig::read(&r.section("relay")),
             upstream_tls: UpstreamTls::read(&upstream_tls),
             members_file: MembersFile::read(&r),
             upgrade_socket: UpgradeSocket::read(&r),
-            files: named_files(&tls, &auth, &upstream_tls, &upstreams),
+            files: named_files(
+                &tls,
+                edge_tls.as_ref().map(|tls| &*tls.certificates),
+                known.as_ref(),
+                &upstream_tls,
+                &upstreams,
+            ),
+            auth: known.map(Arc::new),
+            tls: edge_tls,
             upstreams,
         };
         if !insecure {
@@ -160,6 +178,14 @@ impl BalancerConfig {
     /// Whether clients are served over TLS.
     pub fn uses_tls(&self) -> bool {
         self.tls.is_some()
+    }
+
+    /// Goes on with what the configuration `before` this one has fetched.
+    pub(crate) fn inherit(&mut self, before: &Self) {
+        let mine = self.auth.as_mut().and_then(Arc::get_mut);
+        if let (Some(mine), Some(before)) = (mine, &before.auth) {
+            mine.inherit(before);
+        }
     }
 
     fn demand_protection(&self, r: &Reader<'_>) {
@@ -190,13 +216,16 @@ impl fmt::Debug for BalancerConfig {
 /// The sections are those that were read: a reader of its own would not know their other keys.
 fn named_files(
     tls: &Reader<'_>,
-    auth: &Reader<'_>,
+    certificates: Option<&Certificates>,
+    auth: Option<&Auth>,
     upstream_tls: &Reader<'_>,
     upstreams: &[UpstreamConfig],
 ) -> Vec<PathBuf> {
-    let sections: [(&Reader<'_>, &[&str]); 3] =
-        [(tls, &["cert", "key"]), (auth, &["keys_file", "hash_secret_file"]), (upstream_tls, &["ca", "cert", "key"])];
+    let sections: [(&Reader<'_>, &[&str]); 2] = [(tls, &["client_ca"]), (upstream_tls, &["ca", "cert", "key"])];
     let named = sections.into_iter().flat_map(|(section, keys)| keys.iter().filter_map(|key| section.get(key)));
+    let named = named.chain(tls.get::<Vec<String>>("client_crl").unwrap_or_default().into_iter().map(PathBuf::from));
+    let named = named.chain(certificates.into_iter().flat_map(|all| all.files().cloned()));
+    let named = named.chain(auth.into_iter().flat_map(Auth::files).cloned());
     named.chain(upstreams.iter().flat_map(UpstreamConfig::files).cloned()).collect()
 }
 
@@ -226,19 +255,33 @@ fn read_admin(r: &Reader<'_>, insecure: bool) -> SocketAddr {
     admin
 }
 
-fn read_tls(r: &Reader<'_>) -> Option<Arc<ServerConfig>> {
+fn read_tls(r: &Reader<'_>) -> Option<EdgeTls> {
     let min = r.choice("min_version", &[("1.3", MinVersion::Tls13), ("1.2", MinVersion::Tls12)], MinVersion::Tls13);
-    let Some((cert, key)) = read_pair(r, "cert", "key") else {
-        if r.is_present() && !r.has("cert") && !r.has("key") {
-            r.problem("cert", "is missing", "set cert and key, or remove the section");
+    let clients = read_clients(r);
+    let certificates = Arc::new(Certificates::read(r)?);
+    let config = tls::server_config(Arc::clone(&certificates) as _, min, clients.as_ref());
+    let fail = |e: tls::TlsError| {
+        r.problem("client_ca", e.to_string(), "give PEM files of the CA and of its revocation lists")
+    };
+    let config = Arc::new(config.map_err(fail).ok()?);
+    Some(EdgeTls { config, certificates, takes_certificates: clients.is_some() })
+}
+
+fn read_clients(r: &Reader<'_>) -> Option<Clients> {
+    let is_required = r.choice("client_auth", &[("optional", false), ("required", true)], false);
+    let (ca, revoked) = (r.get::<PathBuf>("client_ca"), r.get::<Vec<String>>("client_crl"));
+    let Some(ca) = ca else {
+        for key in ["client_auth", "client_crl"].into_iter().filter(|key| r.has(key)) {
+            r.problem(
+                key,
+                "stands here without client_ca",
+                "set client_ca to the PEM file of who signs clients' certificates",
+            );
         }
         return None;
     };
-    let config = Identity::read(&cert, &key).and_then(|identity| tls::server_config(&identity, min, None));
-    config
-        .map(Arc::new)
-        .map_err(|e| r.problem("cert", e.to_string(), "give PEM files of a certificate and its key"))
-        .ok()
+    let revoked = revoked.unwrap_or_default().into_iter().map(PathBuf::from).collect();
+    Some(Clients { ca, revoked, is_required })
 }
 
 impl LimitsConfig {

@@ -23,6 +23,7 @@ mod run;
 mod live;
 mod accept;
 mod tls;
+mod names;
 mod serve;
 mod ctx;
 pub mod auth;

@@ -49,7 +49,7 @@ impl Live {
             pool: Arc::clone(pool),
         };
         let upstreams = Upstreams::connect(&config.upstreams, IDLE_UPSTREAMS_PER_THREAD * config.threads)?;
-        let acceptor = config.tls.clone().map(Acceptor::from_server_config);
+        let acceptor = config.tls.as_ref().map(|tls| Acceptor::from_server_config(Arc::clone(&tls.config)));
         Ok(Self { config, acceptor, relay, upstreams: Arc::new(upstreams) })
     }
 }
@@ -98,10 +98,16 @@ pub(crate) async fn follow(
 ) {
     while let Some(reading) = readings.recv().await {
         let next = reading.map_err(|problems| problems.to_string());
-        let outcome = match next.and_then(|config| Live::new(config, &pool).map_err(|e| e.to_string())) {
+        let before = live.load_full();
+        let next = next.and_then(|mut config| {
+            config.inherit(&before.config);
+            Live::new(config, &pool).map_err(|e| e.to_string())
+        });
+        let outcome = match next {
             Ok(next) => {
                 let reloaded =
                     Signal::Reloaded { rules: next.config.health.rules, upstreams: Arc::clone(&next.upstreams) };
+                metrics.show_certificates(&next.config);
                 live.store(Arc::new(next));
                 // an error means that the pool's writer has ended, and with it the balancer
                 let _ = pool.signals().send(reloaded).await;

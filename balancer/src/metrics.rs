@@ -4,7 +4,7 @@ use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-use crate::pool::Snapshot;
+use crate::{config::BalancerConfig, pool::Snapshot};
 
 /// Seconds; from a cached answer at the edge to a long generation.
 const DURATIONS_S: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0];
@@ -30,6 +30,7 @@ pub(crate) struct Metrics {
     pub(crate) refused: IntCounterVec,
     /// Readings of the configuration while running, by what became of them.
     pub(crate) reloads: IntCounterVec,
+    certificates: IntGaugeVec,
     members: IntGaugeVec,
     panics: IntGaugeVec,
 }
@@ -48,6 +49,12 @@ impl Metrics {
             open_streams: gauges(r, "open_streams", "streams open", &[]).with_label_values::<&str>(&[]),
             refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
             reloads: counters(r, "reloads_total", "readings of the configuration while running", &["outcome"]),
+            certificates: gauges(
+                r,
+                "certificate_not_after_seconds",
+                "when a certificate of the edge ends, in Unix seconds",
+                &["file"],
+            ),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
             panics: gauges(
                 r,
@@ -62,6 +69,15 @@ impl Metrics {
     /// The counter of connections refused for this reason.
     pub(crate) fn refused(&self, reason: &str) -> IntCounter {
         self.refused.with_label_values(&[reason])
+    }
+
+    /// Shows when the edge's certificates end.
+    pub(crate) fn show_certificates(&self, config: &BalancerConfig) {
+        self.certificates.reset();
+        for (path, end) in config.tls.iter().flat_map(|tls| tls.certificates.ends()) {
+            let end = i64::try_from(end.0).unwrap_or(i64::MAX);
+            self.certificates.with_label_values(&[path.display().to_string()]).set(end);
+        }
     }
 
     /// Shows how many members each model has in each state, and which pools ask failed ones.

@@ -168,6 +168,7 @@ fn start(
     let rules = config.health.rules;
     let (pool, signals) = PoolView::new();
     let remembered = Remembered::open(&config.members_file, cluster);
+    metrics.show_certificates(&config);
     let live = Arc::new(ArcSwap::from_pointee(Live::new(config, &pool)?));
     let prober = Prober { live: Arc::clone(&live) };
     let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics), remembered)

@@ -163,7 +163,7 @@ impl Edge {
             return Ok(self.health(live, session, record).await);
         }
         if let Some(auth) = &live.config.auth {
-            let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now())?);
+            let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now()).await?);
             if let Ok(route) = route {
                 principal.demand(route.scope())?;
             }
@@ -197,8 +197,7 @@ impl Edge {
         let created = record.ctx.created.0 - self.started.elapsed().as_secs().min(record.ctx.created.0);
         let model = |id: &String| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate"});
         let ids: BTreeMap<_, _> = snapshot.models.iter().filter(|(_, pool)| !pool.ready.is_empty()).collect();
-        let may_ask =
-            |id: &&String| record.ctx.principal.as_ref().is_none_or(|principal| principal.grant.has_model(id));
+        let may_ask = |id: &&String| record.ctx.principal.as_ref().is_none_or(|principal| principal.has_model(id));
         let data: Vec<_> = ids.into_keys().filter(may_ask).map(model).collect();
         write_json(session, record, 200, &json!({"object": "list", "data": data})).await
     }

@@ -7,7 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 use async_trait::async_trait;
 use pingora::{
     apps::ServerApp,
-    protocols::{GetSocketDigest, Stream, l4::stream::Stream as TcpStream},
+    protocols::{GetSocketDigest, Stream, l4::stream::Stream as TcpStream, tls::server::handshake_with_callback},
     server::ShutdownWatch,
 };
 use prometheus::IntCounter;
@@ -16,6 +16,7 @@ use tracing::debug;
 
 use crate::{
     accept::Connections,
+    auth::ReadCertificate,
     drain::OpenRequests,
     live::{Current, Live},
 };
@@ -42,7 +43,8 @@ impl<A> Secured<A> {
 
     async fn secure(&self, live: &Live, stream: Box<TcpStream>) -> Option<Stream> {
         let Some(acceptor) = &live.acceptor else { return Some(stream) };
-        match timeout(live.config.limits.header_timeout, acceptor.tls_handshake(*stream)).await {
+        let handshake = handshake_with_callback(acceptor, *stream, &ReadCertificate);
+        match timeout(live.config.limits.header_timeout, handshake).await {
             Ok(Ok(stream)) => return Some(Box::new(stream)),
             Ok(Err(e)) => debug!(error = %e, "handshake failed"),
             Err(_) => debug!("handshake took too long"),

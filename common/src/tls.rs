@@ -1,6 +1,7 @@
 //! Certificates and keys from PEM files, checked when read, so that nothing downstream meets a bad one.
 
 use std::{
+    fmt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -8,8 +9,9 @@ use std::{
 pub use rustls::ServerConfig;
 use rustls::{
     ClientConfig, RootCertStore, SupportedProtocolVersion,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
-    server::WebPkiClientVerifier,
+    pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, pem::PemObject},
+    server::{ResolvesServerCert, WebPkiClientVerifier, danger::ClientCertVerifier},
+    sign::{CertifiedKey, SingleCertAndKey},
     version::TLS13,
 };
 
@@ -87,6 +89,23 @@ impl Identity {
         Ok(Self { chain, key })
     }
 
+    /// What a server shows and signs with.
+    ///
+    /// # Errors
+    /// When certificate and key do not fit.
+    pub fn certified(&self) -> Result<CertifiedKey, TlsError> {
+        let provider = rustls::crypto::CryptoProvider::get_default().expect("a provider is installed first");
+        Ok(CertifiedKey::from_der(self.chain.clone(), self.key.clone_key(), provider)?)
+    }
+
+    /// The same for clients of any name.
+    ///
+    /// # Errors
+    /// When certificate and key do not fit.
+    pub fn resolver(&self) -> Result<Arc<dyn ResolvesServerCert>, TlsError> {
+        Ok(Arc::new(SingleCertAndKey::from(self.certified()?)))
+    }
+
     /// The key in DER form.
     pub fn key(&self) -> &PrivateKeyDer<'static> {
         &self.key
@@ -116,22 +135,60 @@ pub fn read_roots(path: &Path) -> Result<Arc<RootCertStore>, TlsError> {
     Ok(Arc::new(roots))
 }
 
-/// A server's TLS. With `client_ca`, only clients that show a certificate of that CA are served.
+/// Whose certificates a server takes of its clients.
+#[derive(Debug, Clone)]
+pub struct Clients {
+    /// Who signs them.
+    pub ca: PathBuf,
+    /// Lists of those that were taken back (CRL, PEM).
+    pub revoked: Vec<PathBuf>,
+    /// Whether a client without one is turned away.
+    pub is_required: bool,
+}
+
+impl Clients {
+    /// Only clients with a certificate of this CA.
+    pub fn of(ca: &Path) -> Self {
+        Self { ca: ca.to_owned(), revoked: Vec::new(), is_required: true }
+    }
+
+    fn verifier(&self) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+        let mut builder = WebPkiClientVerifier::builder(read_roots(&self.ca)?);
+        for path in &self.revoked {
+            let fail = |e: &dyn fmt::Display| TlsError::Pem {
+                path: path.clone(),
+                what: "certificate revocation list",
+                reason: e.to_string(),
+            };
+            let lists = CertificateRevocationListDer::pem_file_iter(path).map_err(|e| fail(&e))?;
+            builder = builder.with_crls(lists.collect::<Result<Vec<_>, _>>().map_err(|e| fail(&e))?);
+        }
+        if !self.revoked.is_empty() {
+            // a list of the authority that signs clients says nothing of authorities above it
+            builder = builder.only_check_end_entity_revocation();
+        }
+        if !self.is_required {
+            builder = builder.allow_unauthenticated();
+        }
+        builder.build().map_err(|e| TlsError::Roots { path: self.ca.clone(), reason: e.to_string() })
+    }
+}
+
+/// A server's TLS, and which clients it serves.
 ///
 /// # Errors
-/// When certificate and key do not fit, or a file cannot be used.
-pub fn server_config(identity: &Identity, min: MinVersion, client_ca: Option<&Path>) -> Result<ServerConfig, TlsError> {
+/// When a file cannot be used.
+pub fn server_config(
+    certificates: Arc<dyn ResolvesServerCert>,
+    min: MinVersion,
+    clients: Option<&Clients>,
+) -> Result<ServerConfig, TlsError> {
     let builder = ServerConfig::builder_with_protocol_versions(min.versions());
-    let builder = match client_ca {
+    let builder = match clients {
         None => builder.with_no_client_auth(),
-        Some(path) => {
-            let verifier = WebPkiClientVerifier::builder(read_roots(path)?).build();
-            builder.with_client_cert_verifier(
-                verifier.map_err(|e| TlsError::Roots { path: path.to_owned(), reason: e.to_string() })?,
-            )
-        }
+        Some(clients) => builder.with_client_cert_verifier(clients.verifier()?),
     };
-    let mut config = builder.with_single_cert(identity.chain.clone(), identity.key.clone_key())?;
+    let mut config = builder.with_cert_resolver(certificates);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }

@@ -14,7 +14,7 @@ use tidegate_common::{
     registry::Registry,
     reload::Watcher,
     shutdown::Shutdown,
-    tls::{self, MinVersion, TlsError},
+    tls::{self, Clients, MinVersion, TlsError},
 };
 use tracing::{info, warn};
 
@@ -180,7 +180,8 @@ fn serve(
 /// TLS as its files are now.
 fn read_tls(files: &TlsFiles) -> Result<Arc<tls::ServerConfig>, TlsError> {
     let identity = tls::Identity::read(&files.cert, &files.key)?;
-    tls::server_config(&identity, MinVersion::Tls13, files.client_ca.as_deref()).map(Arc::new)
+    let clients = files.client_ca.as_deref().map(Clients::of);
+    tls::server_config(identity.resolver()?, MinVersion::Tls13, clients.as_ref()).map(Arc::new)
 }
 
 /// Reads the certificates again at SIGHUP, and when one of their files changes. It does not end.

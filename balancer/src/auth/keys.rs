@@ -15,7 +15,7 @@ use tidegate_common::{
 };
 use toml::{Table, Value};
 
-use super::{Credential, CredentialKind, Grant, Principal, UnixSeconds, check_mode, refusal};
+use super::{Credential, CredentialKind, Grant, KeyLimits, Principal, UnixSeconds, check_mode, refusal};
 
 /// A file of keys.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -287,6 +287,13 @@ impl Keys {
         key.good(now)
     }
 
+    /// Who has the key of this id, when it is good.
+    pub(super) fn by_id(&self, id: &str, now: UnixSeconds) -> Result<Arc<Principal>, ApiError> {
+        let key = self.keys.iter().find(|key| key.entry.id == id);
+        key.ok_or_else(|| refusal("invalid_token", "the API key that this token was made of is not known here"))?
+            .good(now)
+    }
+
     /// Compares with every key, so that the time taken says nothing about which one matched.
     fn find(&self, plain: KeyHash, keyed: Option<KeyHash>) -> Option<&Key> {
         let (mut found, mut at) = (Choice::from(0), 0u64);
@@ -319,6 +326,8 @@ impl Principal {
             credential: Credential { kind: CredentialKind::Key, id: key.id.as_str().into() },
             owner: key.owner.as_str().into(),
             grant: Arc::new(key.grant.clone()),
+            bound: None,
+            roles: Vec::new(),
         }
     }
 }
@@ -332,7 +341,7 @@ fn read_secret(r: &Reader<'_>) -> Option<HashSecret> {
     HashSecret::read(&path).map_err(fail).ok()
 }
 
-impl super::KeyLimits {
+impl KeyLimits {
     fn to_table(&self) -> Option<Table> {
         let whole = |n: u64| Value::Integer(i64::try_from(n).unwrap_or(i64::MAX));
         let fields = [

@@ -20,6 +20,10 @@ pub(crate) struct Principal {
     pub(crate) owner: Arc<str>,
     /// What it may do.
     pub(crate) grant: Arc<Grant>,
+    /// What the credential that this one was made of may do, which it cannot go beyond.
+    pub(crate) bound: Option<Arc<Grant>>,
+    /// What an identity provider says it is, for policies.
+    pub(crate) roles: Vec<Arc<str>>,
 }
 
 /// What a request showed, never the secret itself.
@@ -35,6 +39,12 @@ pub(crate) struct Credential {
 pub(crate) enum CredentialKind {
     /// An API key.
     Key,
+    /// A token of ours.
+    Token,
+    /// A token of an identity provider.
+    Oidc,
+    /// A certificate.
+    Certificate,
 }
 
 impl CredentialKind {
@@ -42,6 +52,9 @@ impl CredentialKind {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Key => "key",
+            Self::Token => "token",
+            Self::Oidc => "oidc",
+            Self::Certificate => "certificate",
         }
     }
 }
@@ -174,7 +187,7 @@ impl Grant {
     }
 
     /// Whether a model of this name may be asked for.
-    pub(crate) fn has_model(&self, model: &str) -> bool {
+    fn has_model(&self, model: &str) -> bool {
         self.models.as_ref().is_none_or(|models| models.iter().any(|pattern| pattern.matches(model)))
     }
 }
@@ -203,9 +216,18 @@ impl KeyLimits {
 }
 
 impl Principal {
+    fn grants(&self) -> impl Iterator<Item = &Grant> {
+        [Some(&self.grant), self.bound.as_ref()].into_iter().flatten().map(Arc::as_ref)
+    }
+
+    /// Whether it may ask for a model of this name.
+    pub(crate) fn has_model(&self, model: &str) -> bool {
+        self.grants().all(|grant| grant.has_model(model))
+    }
+
     /// Refuses a kind of requests that it may not make.
     pub(crate) fn demand(&self, scope: Scope) -> Result<(), ApiError> {
-        if self.grant.scopes.contains(scope) {
+        if self.grants().all(|grant| grant.scopes.contains(scope)) {
             return Ok(());
         }
         let message = format!("this {} does not have the scope '{scope}'", self.credential.kind.as_str());
@@ -214,7 +236,7 @@ impl Principal {
 
     /// Refuses a model that it may not ask for.
     pub(crate) fn demand_model(&self, model: &str) -> Result<(), ApiError> {
-        if self.grant.has_model(model) {
+        if self.has_model(model) {
             return Ok(());
         }
         let model: String = model.chars().take(200).collect();
@@ -240,7 +262,9 @@ mod tests {
     fn a_grant_names_what_it_does_not_allow() {
         let grant = Grant { models: Some(vec!["smol*".parse().unwrap()]), ..Grant::default() };
         let credential = Credential { kind: CredentialKind::Key, id: "k-1".into() };
-        let principal = Principal { credential, owner: "alice".into(), grant: Arc::new(grant) };
+        let any = Arc::new(Grant::default());
+        let (owner, grant) = ("alice".into(), Arc::new(grant));
+        let principal = Principal { credential, owner, grant: any, bound: Some(grant), roles: Vec::new() };
         assert_eq!(principal.credential.to_string(), "key:k-1");
         assert!(principal.demand_model("smollm2-135m").is_ok() && principal.demand(Scope::Inference).is_ok());
         assert_eq!(principal.demand_model("other").unwrap_err().code, "model_not_allowed");

@@ -8,6 +8,7 @@
 mod support;
 mod requests;
 mod auth;
+mod tokens;
 mod relay;
 mod foreign;
 mod pool;

@@ -16,7 +16,7 @@ use pingora::{
     upstreams::peer::HttpPeer,
 };
 use rustls::{ClientConnection, SupportedProtocolVersion, version};
-use tidegate_common::tls::{self, Identity, MinVersion};
+use tidegate_common::tls::{self, Clients, Identity, MinVersion};
 
 use crate::support::{Act, CHAT, House, chat, raw, ready, texts, tokens};
 
@@ -161,7 +161,10 @@ async fn nodes_are_reached_by_mutual_tls_and_strangers_are_not() {
     let (known, stranger) = (Certificate::new(), Certificate::new());
     let nodes = |certificate: &Certificate| {
         let identity = Identity::read(&certificate.cert, &certificate.key).unwrap();
-        Arc::new(tls::server_config(&identity, MinVersion::Tls13, Some(&known.cert)).unwrap())
+        Arc::new(
+            tls::server_config(identity.resolver().unwrap(), MinVersion::Tls13, Some(&Clients::of(&known.cert)))
+                .unwrap(),
+        )
     };
     let upstream = |shown: &Certificate| {
         format!("[balancer.upstream_tls]\nca = {:?}\ncert = {:?}\nkey = {:?}", known.cert, shown.cert, shown.key)
@@ -184,7 +187,7 @@ async fn a_foreign_upstream_is_verified_by_its_own_ca_or_the_systems() {
     let (known, stranger) = (Certificate::new(), Certificate::new());
     let server = || {
         let identity = Identity::read(&known.cert, &known.key).unwrap();
-        Arc::new(tls::server_config(&identity, MinVersion::Tls13, None).unwrap())
+        Arc::new(tls::server_config(identity.resolver().unwrap(), MinVersion::Tls13, None).unwrap())
     };
     let house = House::with_foreign_tls(&format!("ca = {:?}", known.cert), server()).await;
     house.until(|members| ready(members).len() == 1).await;
