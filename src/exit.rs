@@ -25,6 +25,8 @@ enum Kind {
     Unavailable = 69,
     /// Ours.
     Internal = 70,
+    /// The answer to a question is no.
+    Denied = 77,
     /// A second signal ended it before it was done.
     Cut = 130,
 }
@@ -43,6 +45,11 @@ impl Failure {
     /// A fault of ours.
     pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self { kind: Kind::Internal, message: message.into() }
+    }
+
+    /// What was asked about is not allowed.
+    pub(crate) fn denied(message: impl Into<String>) -> Self {
+        Self { kind: Kind::Denied, message: message.into() }
     }
 
     /// Ended at once by a second signal.

@@ -11,6 +11,7 @@ mod status;
 mod drain;
 mod key;
 mod token;
+mod policy;
 mod ca;
 mod settings;
 mod private;
@@ -42,7 +43,8 @@ Exit codes:
   0   done
   64  the configuration or the arguments are wrong
   69  something needed is out of reach: a port in use, a model that cannot be had, a service that does not answer
-  70  a fault of tidegate itself";
+  70  a fault of tidegate itself
+  77  what `tidegate policy test` was asked about is not allowed";
 
 const DRAIN_HELP: &str = "\
 With cluster.registry.kind = \"etcd\" the order stands in etcd until it is taken back, so it holds over restarts of the node. Otherwise tell
@@ -81,6 +83,8 @@ enum Command {
     #[command(subcommand)]
     Token(token::Command),
     #[command(subcommand)]
+    Policy(policy::Command),
+    #[command(subcommand)]
     Ca(ca::Command),
 }
 
@@ -97,6 +101,7 @@ impl Command {
             Self::Undrain(args) => drain::run(drain::Order::Undrain, &args),
             Self::Key(command) => key::run(command),
             Self::Token(command) => token::run(command),
+            Self::Policy(command) => policy::run(command),
             Self::Ca(command) => ca::run(command),
         }
     }

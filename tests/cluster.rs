@@ -14,6 +14,7 @@ mod allowlist;
 mod mtls;
 mod ca;
 mod reload;
+mod credentials;
 mod upgrade;
 mod failover;
 mod alike;

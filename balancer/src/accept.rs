@@ -27,7 +27,7 @@ pub(crate) struct Allowlist {
 
 /// A network, or a single address as a network of one.
 #[derive(Debug, Clone, Copy)]
-struct Network(IpNet);
+pub(crate) struct Network(IpNet);
 
 impl FromStr for Network {
     type Err = String;
@@ -35,6 +35,13 @@ impl FromStr for Network {
     fn from_str(text: &str) -> Result<Self, String> {
         let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
         network.map(Self).map_err(|_| "is neither an address nor a network such as 10.0.0.0/8".into())
+    }
+}
+
+impl Network {
+    /// Whether this address lies within.
+    pub(crate) fn contains(&self, address: IpAddr) -> bool {
+        self.0.contains(&address.to_canonical())
     }
 }
 
@@ -50,8 +57,7 @@ impl Allowlist {
 
     /// Whether `ip` may connect.
     pub(crate) fn permits(&self, ip: IpAddr) -> bool {
-        let ip = ip.to_canonical();
-        let within = |networks: &[Network]| networks.iter().any(|network| network.0.contains(&ip));
+        let within = |networks: &[Network]| networks.iter().any(|network| network.contains(ip));
         !within(&self.deny) && self.allow.as_deref().is_none_or(within)
     }
 }

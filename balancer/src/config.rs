@@ -12,7 +12,13 @@ use tidegate_common::{
 };
 
 use crate::{
-    accept::Allowlist, auth::Auth, names::Certificates, pool::Rules, remembered::MembersFile, upgrade::UpgradeSocket,
+    accept::Allowlist,
+    auth::{Auth, UnixSeconds},
+    names::Certificates,
+    policy::{self, Decision, Policies, Who},
+    pool::Rules,
+    remembered::MembersFile,
+    upgrade::UpgradeSocket,
     upstreams::UpstreamConfig,
 };
 
@@ -31,6 +37,7 @@ pub struct BalancerConfig {
     pub(crate) drain_grace: Duration,
     pub(crate) tls: Option<EdgeTls>,
     pub(crate) auth: Option<Arc<Auth>>,
+    pub(crate) policies: Arc<Policies>,
     pub(crate) limits: LimitsConfig,
     pub(crate) health: HealthConfig,
     pub(crate) relay: RelayConfig,
@@ -150,6 +157,7 @@ impl BalancerConfig {
                 &upstream_tls,
                 &upstreams,
             ),
+            policies: Arc::new(Policies::read(&r)),
             auth: known.map(Arc::new),
             tls: edge_tls,
             upstreams,
@@ -178,6 +186,27 @@ impl BalancerConfig {
     /// Whether clients are served over TLS.
     pub fn uses_tls(&self) -> bool {
         self.tls.is_some()
+    }
+
+    /// What would become of a request, and why: by its address first, then by what its key allows, then by the policies.
+    pub fn decide(&self, mut who: Who, action: &str, resource: &str) -> Decision {
+        if who.address.is_some_and(|address| !self.allowlist.permits(address)) {
+            return Decision::Refused("its address may not connect (balancer.allow, balancer.deny)".into());
+        }
+        let key = who.names.iter().find_map(|name| name.strip_prefix("key:"));
+        let principal = key.zip(self.auth.as_ref()).map(|(id, auth)| auth.key(id, UnixSeconds::now()));
+        match principal.transpose() {
+            Err(error) => return Decision::Refused(error.message),
+            Ok(Some(principal)) => {
+                let model = resource.strip_prefix("model:").map_or(Ok(()), |model| principal.demand_model(model));
+                if let Err(error) = principal.demand(policy::scope(action)).and(model) {
+                    return Decision::Refused(error.message);
+                }
+                who.names.extend(Who::new(Some(&principal), None).names);
+            }
+            Ok(None) => {}
+        }
+        self.policies.decide(&who, action, resource)
     }
 
     /// Goes on with what the configuration `before` this one has fetched.

@@ -8,14 +8,15 @@ use std::{
 use http::Method;
 use pingora::protocols::http::ServerSession;
 use tidegate_common::{
-    contract::{ApiError, headers},
-    ids::RequestId,
+    contract::{ApiError, headers, paths},
+    ids::{RequestId, SiteName},
 };
 use tokio::time::Instant;
 
 use crate::{
     auth::{Principal, UnixSeconds},
-    route,
+    policy::{Policies, Who},
+    route::{self, Route},
 };
 
 /// The frame of one request.
@@ -30,6 +31,9 @@ pub(crate) struct RequestCtx {
     pub(crate) http: &'static str,
     /// Who asks, where credentials are asked for.
     pub(crate) principal: Option<Arc<Principal>>,
+    /// What the policies call it.
+    pub(crate) action: &'static str,
+    pub(crate) policies: Arc<Policies>,
     pub(crate) started: Instant,
     /// The answer's `created`.
     pub(crate) created: UnixSeconds,
@@ -43,7 +47,24 @@ impl RequestCtx {
 
     /// Refuses a model that who asks may not use.
     pub(crate) fn demand_model(&self, model: &str) -> Result<(), ApiError> {
-        self.principal.as_ref().map_or(Ok(()), |principal| principal.demand_model(model))
+        self.principal.as_ref().map_or(Ok(()), |principal| principal.demand_model(model))?;
+        self.demand(&format!("model:{model}"))
+    }
+
+    /// Refuses what the policies do not allow to be done to this.
+    pub(crate) fn demand(&self, resource: &str) -> Result<(), ApiError> {
+        self.policies.demand(|| Who::new(self.principal.as_deref(), self.client), self.action, resource)
+    }
+
+    /// Whether a list of models shows this one to who asks.
+    pub(crate) fn shows_model(&self, model: &str) -> bool {
+        let chat = Self { action: Route::Generation(paths::CHAT_COMPLETIONS).action(), ..self.clone() };
+        chat.demand_model(model).is_ok()
+    }
+
+    /// Whether the request may go to a node at this site.
+    pub(crate) fn may_go_to(&self, site: &SiteName) -> bool {
+        self.principal.as_ref().is_none_or(|principal| principal.may_go_to(site))
     }
 
     /// Who takes a share of a node with it: the key's owner, else the client's address, of IPv6 the network of one site.
@@ -77,6 +98,8 @@ impl RequestCtx {
             client: session.client_addr().and_then(|a| a.as_inet()).map(|a| a.ip().to_canonical()),
             http: session.session_type(),
             principal: None,
+            action: "",
+            policies: Arc::default(),
             started: Instant::now(),
             created: UnixSeconds::now(),
         }

@@ -28,6 +28,7 @@ mod serve;
 mod ctx;
 pub mod auth;
 mod pattern;
+pub mod policy;
 mod limits;
 mod body;
 mod route;

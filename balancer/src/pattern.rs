@@ -26,6 +26,16 @@ impl fmt::Display for Pattern {
 }
 
 impl Pattern {
+    /// `*`.
+    pub(crate) fn any() -> Self {
+        Self("*".into())
+    }
+
+    /// Whether it stands for every name.
+    pub(crate) fn is_any(&self) -> bool {
+        self.0 == "*"
+    }
+
     /// Whether it stands for `name`.
     pub(crate) fn matches(&self, name: &str) -> bool {
         let mut parts = self.0.split('*');

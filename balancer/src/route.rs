@@ -5,10 +5,7 @@ use std::time::Duration;
 use http::Method;
 use tidegate_common::contract::{ApiError, ErrorKind, paths};
 
-use crate::{
-    auth::Scope,
-    pool::{Pool, Snapshot},
-};
+use crate::pool::{Pool, Snapshot};
 
 /// What a path and method mean at the edge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,17 +20,6 @@ pub(crate) enum Route {
     Generation(&'static str),
     /// What the private listener shows at this path, for credentials that may see it.
     Private(&'static str),
-}
-
-impl Route {
-    /// What a credential needs for it.
-    pub(crate) fn scope(self) -> Scope {
-        match self {
-            Self::Private(paths::METRICS) => Scope::Metrics,
-            Self::Private(_) => Scope::Admin,
-            Self::Health | Self::Models | Self::Document(_) | Self::Generation(_) => Scope::Inference,
-        }
-    }
 }
 
 /// The cluster as this balancer sees it.

@@ -29,6 +29,7 @@ use crate::{
     limits::{self, BodyError, Places},
     live::{Current, Live},
     metrics::{self, Metrics},
+    policy,
     record::Record,
     relay::Generation,
     route::{self, Route},
@@ -165,7 +166,13 @@ impl Edge {
         if let Some(auth) = &live.config.auth {
             let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now()).await?);
             if let Ok(route) = route {
-                principal.demand(route.scope())?;
+                principal.demand(policy::scope(route.action()))?;
+            }
+        }
+        if let Ok(route) = route {
+            (record.ctx.action, record.ctx.policies) = (route.action(), Arc::clone(&live.config.policies));
+            if !matches!(route, Route::Generation(_)) {
+                record.ctx.demand(&format!("path:{}", record.ctx.path))?;
             }
         }
         let _place = self.places.enter(limits.concurrent_requests_max)?;
@@ -197,8 +204,7 @@ impl Edge {
         let created = record.ctx.created.0 - self.started.elapsed().as_secs().min(record.ctx.created.0);
         let model = |id: &String| json!({"id": id, "object": "model", "created": created, "owned_by": "tidegate"});
         let ids: BTreeMap<_, _> = snapshot.models.iter().filter(|(_, pool)| !pool.ready.is_empty()).collect();
-        let may_ask = |id: &&String| record.ctx.principal.as_ref().is_none_or(|principal| principal.has_model(id));
-        let data: Vec<_> = ids.into_keys().filter(may_ask).map(model).collect();
+        let data: Vec<_> = ids.into_keys().filter(|id| record.ctx.shows_model(id)).map(model).collect();
         write_json(session, record, 200, &json!({"object": "list", "data": data})).await
     }
 

@@ -290,8 +290,7 @@ impl Keys {
     /// Who has the key of this id, when it is good.
     pub(super) fn by_id(&self, id: &str, now: UnixSeconds) -> Result<Arc<Principal>, ApiError> {
         let key = self.keys.iter().find(|key| key.entry.id == id);
-        key.ok_or_else(|| refusal("invalid_token", "the API key that this token was made of is not known here"))?
-            .good(now)
+        key.ok_or_else(|| refusal("invalid_token", "the API key that it goes by is not known here"))?.good(now)
     }
 
     /// Compares with every key, so that the time taken says nothing about which one matched.

@@ -154,6 +154,14 @@ impl Auth {
         }
     }
 
+    /// Who has the API key of this id.
+    pub(crate) fn key(&self, id: &str, now: UnixSeconds) -> Result<Arc<Principal>, ApiError> {
+        match &self.keys {
+            Some(keys) => keys.by_id(id, now),
+            None => Err(refusal("invalid_api_key", "there is no file of keys")),
+        }
+    }
+
     async fn token(&self, given: &[u8], now: UnixSeconds) -> Result<Arc<Principal>, ApiError> {
         let hash = Sha256::digest(given).into();
         let cached = self.verified().get(&hash).cloned();

@@ -169,23 +169,19 @@ impl Provider {
                 "this token is not valid here: its algorithm is not among those of its issuer",
             ));
         }
-        if let Some(known) = self.keys.known.load_full() {
-            if let Some(key) = known.find(header) {
-                if known.at.elapsed() > self.refresh {
-                    // this token need not wait for it
-                    self.fetch_aside();
-                }
-                return Ok(key);
-            }
-        }
-        let fetched = self.fetch().await;
         let known = self.keys.known.load_full();
-        match (known, fetched) {
-            (Some(known), _) => known.find(header).ok_or_else(|| {
-                refusal("invalid_token", "this token is not valid here: its issuer has no key of the id that it names")
-            }),
-            (None, _) => Err(unavailable()),
+        if let Some((known, key)) = known.and_then(|known| known.find(header).map(|key| (known, key))) {
+            if known.at.elapsed() > self.refresh {
+                // this token need not wait for it
+                self.fetch_aside();
+            }
+            return Ok(key);
         }
+        self.fetch().await;
+        let known = self.keys.known.load_full().ok_or_else(unavailable)?;
+        known.find(header).ok_or_else(|| {
+            refusal("invalid_token", "this token is not valid here: its issuer has no key of the id that it names")
+        })
     }
 
     /// Has the keys fetched while others go on.

@@ -220,6 +220,11 @@ impl Principal {
         [Some(&self.grant), self.bound.as_ref()].into_iter().flatten().map(Arc::as_ref)
     }
 
+    /// Whether its requests may go to this site.
+    pub(crate) fn may_go_to(&self, site: &SiteName) -> bool {
+        self.grants().all(|grant| grant.sites.as_ref().is_none_or(|sites| sites.contains(site)))
+    }
+
     /// Whether it may ask for a model of this name.
     pub(crate) fn has_model(&self, model: &str) -> bool {
         self.grants().all(|grant| grant.has_model(model))

@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use pingora::{connectors::http::Connector, upstreams::peer::HttpPeer};
 use tidegate_common::{
     contract::Health,
-    ids::{Fingerprint, NodeId},
+    ids::{Fingerprint, NodeId, SiteName},
 };
 use tokio::sync::{Notify, futures::Notified, mpsc};
 
@@ -42,6 +42,8 @@ pub(crate) struct Target {
     /// `host:port`, for the `Host` header.
     pub(crate) authority: String,
     pub(crate) peer: HttpPeer,
+    /// Where it stands.
+    pub(crate) site: SiteName,
     /// What its answers of the pool's model depend on, as far as it has said.
     pub(crate) fingerprint: Option<Fingerprint>,
     /// Whether probes or requests have failed there, so that nothing is to be expected of it.

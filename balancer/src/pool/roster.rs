@@ -406,6 +406,7 @@ impl Member {
             incarnation: self.incarnation,
             authority: self.record.address.clone(),
             peer: peer.clone(),
+            site: self.record.site.clone(),
             foreign: self.foreign.clone(),
             fingerprint: self.fingerprint(model),
             is_suspect: !self.state.is_ready(),

@@ -102,7 +102,8 @@ impl Relay {
         let goes_abroad = generation.is_common() && !is_resuming;
         let begun_by = journey.delivered.fingerprint().filter(|_| is_resuming);
         let pick = |ring: &Ring, avoid: &[NodeId]| {
-            let may_go = |target: &Target| goes_abroad || target.foreign.is_none();
+            let may_go =
+                |target: &Target| (goes_abroad || target.foreign.is_none()) && record.ctx.may_go_to(&target.site);
             ring.pick(|target| may_go(target) && target.may_go_on(begun_by) && !avoid.contains(&target.id))
         };
         let target = match pick(&pool.ready, &journey.tried) {
@@ -124,6 +125,9 @@ impl Relay {
             (None, _) if pool.ready.any(|target| !target.may_go_on(begun_by)) => {
                 Turn::Wait(ASK_AGAIN, Loss::Unlike.error())
             }
+            (None, None) if pool.ready.any(|target| !record.ctx.may_go_to(&target.site)) => {
+                Turn::Wait(ASK_AGAIN, nobody_at_site())
+            }
             (None, _) => Turn::Wait(ASK_AGAIN, journey.error()),
         }
     }
@@ -137,6 +141,11 @@ impl Relay {
 fn too_long() -> ApiError {
     let message = format!("the node was lost, and a stream of more than {TOKENS_MAX} tokens cannot go on at another");
     ApiError::new(ErrorKind::BadGateway, "stream_too_long", message)
+}
+
+/// Who asks is bound to sites, and nobody there takes requests.
+fn nobody_at_site() -> ApiError {
+    route::nobody_ready("no node is ready at the sites that requests of this credential may not leave")
 }
 
 /// No upstream of the model knows an API that is Tidegate's own.

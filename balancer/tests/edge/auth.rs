@@ -100,3 +100,37 @@ async fn figures_are_nobodys_where_no_credential_is_asked_for() {
         assert_eq!(response.status(), 404);
     }
 }
+
+#[tokio::test]
+async fn policies_say_who_may_do_what_and_a_denial_wins() {
+    let file = keys(&["owner = \"alice\"", "owner = \"bob\"\nscopes = [\"inference\", \"metrics\"]"]);
+    let rules = "[[balancer.policies]]\nname = \"chat\"\neffect = \"allow\"\nactions = [\"inference:*\"]\nresources = [\"model:ti*\"]\n\
+        principals = [\"owner:alice\", \"key:k1\"]\n\
+        [[balancer.policies]]\nname = \"figures\"\neffect = \"allow\"\nactions = [\"metrics:read\"]\nprincipals = [\"address:127.0.0.0/8\"]\n\
+        [[balancer.policies]]\nname = \"no vectors\"\neffect = \"deny\"\nactions = [\"inference:embeddings\"]\nprincipals = [\"*\"]\n";
+    let house = House::with(1, &format!("[balancer.auth]\nkeys_file = {:?}\n{rules}", file.path())).await;
+    let denied = |(status, body): (u16, String)| (status, error(&body).0) == (403, "policy_denied".into());
+    assert_eq!(ask(&house, &chat(false), "one").await.0, 200);
+    assert_eq!(get(&house, "/metrics", "two").await.0, 200);
+    assert!(denied(get(&house, "/v1/models", "one").await), "nothing allows it");
+    let vectors = house.client.post(house.url("/v1/embeddings")).bearer_auth("one").body(chat(false).to_string());
+    let response = vectors.send().await.unwrap();
+    assert!(
+        denied((response.status().as_u16(), response.text().await.unwrap())),
+        "one rule allows it, and one denies it"
+    );
+}
+
+#[tokio::test]
+async fn requests_do_not_leave_the_sites_of_their_key() {
+    let file = keys(&["owner = \"alice\"\nsites = [\"local\"]", "owner = \"bob\"\nsites = [\"elsewhere\"]"]);
+    let mut house = House::with(
+        1,
+        &format!("[balancer.auth]\nkeys_file = {:?}\n[balancer.relay]\nqueue_wait = \"100ms\"", file.path()),
+    )
+    .await;
+    assert_eq!(ask(&house, &chat(false), "one").await.0, 200);
+    assert_eq!(house.asked().await.node, "n0");
+    let (status, body) = ask(&house, &chat(false), "two").await;
+    assert!(status == 503 && body.contains("sites"), "{body}");
+}
