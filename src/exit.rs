@@ -110,6 +110,9 @@ impl From<RunError> for Failure {
             RunError::NoUpgradeSocket => {
                 Self::usage(format!("{error}\n  fix: name a path for it in a folder of its own"))
             }
+            RunError::Audit { .. } => Self::unavailable(format!(
+                "{error}\n  fix: name a folder that this user may write, or remove [balancer.audit]"
+            )),
             RunError::UpgradeSocket { .. } => Self::usage(error.to_string()),
             RunError::Tls(_) => Self::usage(error.to_string()),
             RunError::Setup(_) | RunError::Ended(_) => Self::internal(error.to_string()),

@@ -13,6 +13,7 @@ mod key;
 mod token;
 mod policy;
 mod ca;
+mod audit;
 mod settings;
 mod private;
 mod reload;
@@ -34,6 +35,7 @@ Examples:
   tidegate node --config cluster.toml --id n1   one inference node
   tidegate balancer --config cluster.toml       the edge in front of the nodes
   tidegate status                               a table of the running cluster
+  tidegate audit verify --config cluster.toml   whether the balancer's audit log is whole
   tidegate drain n1 --config cluster.toml       node n1 takes no new requests; `tidegate undrain n1` takes that back
 
 Every value of the configuration file can also come from the environment: TIDEGATE__BALANCER__LISTEN sets balancer.listen.
@@ -86,6 +88,8 @@ enum Command {
     Policy(policy::Command),
     #[command(subcommand)]
     Ca(ca::Command),
+    #[command(subcommand)]
+    Audit(audit::Command),
 }
 
 impl Command {
@@ -103,6 +107,7 @@ impl Command {
             Self::Token(command) => token::run(command),
             Self::Policy(command) => policy::run(command),
             Self::Ca(command) => ca::run(command),
+            Self::Audit(command) => audit::run(command),
         }
     }
 }

@@ -26,6 +26,7 @@ pub(crate) trait Source {
 /// Hands new readings to the balancer. It ends only when it cannot begin. `started` is what the process was started with.
 pub(crate) async fn follow(source: impl Source, started: (Raw, Vec<PathBuf>), reloads: Reloads) -> Failure {
     let (first, files) = started;
+    let mut last = first.clone();
     let with_file = |files: &[PathBuf]| source.file().into_iter().chain(files.iter().cloned()).collect::<Vec<_>>();
     let mut watcher = match Watcher::new(with_file(&files)) {
         Ok(watcher) => watcher,
@@ -35,12 +36,15 @@ pub(crate) async fn follow(source: impl Source, started: (Raw, Vec<PathBuf>), re
         let why = watcher.changed().await;
         info!(why, "reading the configuration again");
         let reading = source.raw().and_then(|raw| Ok((source.checked(&raw)?, raw)));
+        let mut changed = Vec::new();
         let reading = reading.map(|(config, raw)| {
             tell_fixed(&first, &raw);
             watcher.watch(with_file(config.files()));
+            changed = raw.differences(&last);
+            last = raw;
             config
         });
-        reloads.give(reading).await;
+        reloads.give(reading, changed).await;
     }
 }
 

@@ -16,6 +16,7 @@ mod ca;
 mod reload;
 mod credentials;
 mod upgrade;
+mod audit;
 mod failover;
 mod alike;
 mod foreign;

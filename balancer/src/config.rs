@@ -13,6 +13,7 @@ use tidegate_common::{
 
 use crate::{
     accept::Allowlist,
+    audit::AuditConfig,
     auth::{Auth, UnixSeconds},
     names::Certificates,
     policy::{self, Decision, Policies, Who},
@@ -44,6 +45,8 @@ pub struct BalancerConfig {
     pub(crate) upstream_tls: Option<UpstreamTls>,
     pub(crate) members_file: MembersFile,
     pub(crate) upgrade_socket: UpgradeSocket,
+    pub(crate) audit: Option<AuditConfig>,
+    pub(crate) access_log: bool,
     files: Vec<PathBuf>,
     pub(crate) upstreams: Vec<UpstreamConfig>,
 }
@@ -117,11 +120,12 @@ pub(crate) struct EdgeTls {
 
 impl BalancerConfig {
     /// Sections and keys that hold from a start to the end; all others a reload may change.
-    pub const FIXED: [&str; 8] = [
+    pub const FIXED: [&str; 9] = [
         "cluster",
         "log",
         "balancer.listen",
         "balancer.admin",
+        "balancer.audit",
         "balancer.threads",
         "balancer.members_file",
         "balancer.upgrade_socket",
@@ -138,6 +142,7 @@ impl BalancerConfig {
         let edge_tls = read_tls(&tls);
         let takes_certificates = edge_tls.as_ref().is_some_and(|tls| tls.takes_certificates);
         let known = Auth::read(&auth, takes_certificates);
+        let audit = AuditConfig::read(&r.section("audit"));
         let config = Self {
             listen: read_listen(&r),
             admin: read_admin(&r.section("admin"), insecure),
@@ -160,6 +165,8 @@ impl BalancerConfig {
             policies: Arc::new(Policies::read(&r)),
             auth: known.map(Arc::new),
             tls: edge_tls,
+            access_log: r.get_or("access_log", true),
+            audit,
             upstreams,
         };
         if !insecure {
@@ -181,6 +188,11 @@ impl BalancerConfig {
     /// Certificates, keys and key files that it names: what a change of means reading all of it again.
     pub fn files(&self) -> &[PathBuf] {
         &self.files
+    }
+
+    /// Where and how the audit log is written, if it is.
+    pub fn audit(&self) -> Option<&AuditConfig> {
+        self.audit.as_ref()
     }
 
     /// Whether clients are served over TLS.

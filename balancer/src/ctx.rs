@@ -5,8 +5,8 @@ use std::{
     sync::Arc,
 };
 
-use http::Method;
-use pingora::protocols::http::ServerSession;
+use http::{HeaderValue, Method, Uri, header::USER_AGENT};
+use pingora::protocols::{http::ServerSession, tls::SslDigest};
 use tidegate_common::{
     contract::{ApiError, headers, paths},
     ids::{RequestId, SiteName},
@@ -27,8 +27,14 @@ pub(crate) struct RequestCtx {
     pub(crate) method: Method,
     /// The path as a label: one of the API's or `other`.
     pub(crate) path: &'static str,
+    /// What it asked for, where that is none of the API's paths.
+    pub(crate) target: Option<Uri>,
     pub(crate) client: Option<IpAddr>,
     pub(crate) http: &'static str,
+    /// How its connection is secured.
+    pub(crate) tls: Option<Arc<SslDigest>>,
+    /// What it calls itself.
+    pub(crate) agent: Option<HeaderValue>,
     /// Who asks, where credentials are asked for.
     pub(crate) principal: Option<Arc<Principal>>,
     /// What the policies call it.
@@ -80,10 +86,13 @@ impl RequestCtx {
     pub(crate) fn of(session: &ServerSession) -> Self {
         let head = session.req_header();
         let given = session.get_header(headers::REQUEST_ID).and_then(|v| v.to_str().ok());
+        let path = route::label(head.uri.path());
         Self {
             id: RequestId::from_client(given),
             method: head.method.clone(),
-            path: route::label(head.uri.path()),
+            path,
+            target: (path == route::OTHER).then(|| head.uri.clone()),
+            agent: session.get_header(USER_AGENT).cloned(),
             principal: None,
             ..Self::of_unread(session)
         }
@@ -94,9 +103,12 @@ impl RequestCtx {
         Self {
             id: RequestId::random(),
             method: Method::default(),
-            path: "other",
+            path: route::OTHER,
+            target: None,
             client: session.client_addr().and_then(|a| a.as_inet()).map(|a| a.ip().to_canonical()),
             http: session.session_type(),
+            tls: session.digest().and_then(|digest| digest.ssl_digest.clone()),
+            agent: None,
             principal: None,
             action: "",
             policies: Arc::default(),

@@ -4,6 +4,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use serde_json::json;
 use tidegate_common::{
     ids::NodeId,
     registry::{Registry, View},
@@ -16,8 +17,8 @@ use tracing::{info, warn};
 
 use crate::{
     health::{Probe, Prober},
-    metrics::Metrics,
-    pool::{Effect, Moment, PoolView, Roster, Rules, Signal},
+    pool::{Effect, Moment, Phase, PoolView, Roster, Rules, Signal, Snapshot},
+    record::Books,
     remembered::Remembered,
 };
 
@@ -27,8 +28,10 @@ pub(crate) struct Discover {
     view: Arc<PoolView>,
     prober: Arc<Prober>,
     probes: HashMap<NodeId, Probe>,
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
     remembered: Remembered,
+    /// Where each member stood when it was recorded last.
+    phases: HashMap<(NodeId, String), Phase>,
 }
 
 impl Discover {
@@ -36,11 +39,11 @@ impl Discover {
         rules: Rules,
         view: Arc<PoolView>,
         prober: Arc<Prober>,
-        metrics: Arc<Metrics>,
+        books: Arc<Books>,
         remembered: Remembered,
     ) -> Self {
         let roster = Roster::new(rules, prober.upstreams());
-        Self { roster, view, prober, probes: HashMap::new(), metrics, remembered }
+        Self { roster, view, prober, probes: HashMap::new(), books, remembered, phases: HashMap::new() }
     }
 
     /// Runs until the process ends.
@@ -111,7 +114,26 @@ impl Discover {
     fn publish(&mut self) {
         self.remembered.note(self.roster.records());
         let snapshot = self.roster.snapshot(Instant::now());
-        self.metrics.show_members(&snapshot);
+        self.books.metrics.show_members(&snapshot);
+        self.record_phases(&snapshot);
         self.view.publish(snapshot);
+    }
+
+    /// Orders to drain, losses and returns, each once.
+    fn record_phases(&mut self, snapshot: &Snapshot) {
+        let Some(audit) = &self.books.audit else { return };
+        let members = &snapshot.report.members;
+        for member in members {
+            let key = (member.node.clone(), member.model.clone());
+            let before = self.phases.insert(key, member.state);
+            if before != Some(member.state) {
+                let (from, to) = (before.map(Phase::as_str), member.state.as_str());
+                let fields = json!({"node": member.node, "model": member.model, "from": from, "to": to, "why": member.last_probe_error});
+                audit.record("member", &fields, None);
+            }
+        }
+        if self.phases.len() > members.len() {
+            self.phases.retain(|(node, model), _| members.iter().any(|m| m.node == *node && m.model == *model));
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Doors for the fuzz targets below `fuzz/`; built for them alone.
 
 use crate::{
+    audit::read::faults_of,
     body::Wish,
     relay::{
         delivered::Delivered,
@@ -22,4 +23,9 @@ pub fn pass(parts: &[&[u8]]) -> Option<(Vec<u8>, Vec<Vec<u32>>)> {
         assert!(read.tail != Some(Tail::Handover) || !passed.ends_with(b"event: handover\n"));
     }
     Some((passed, delivered.resume().tokens))
+}
+
+/// Reads these bytes as a file of an audit log, and as an encrypted one; how many faults each has.
+pub fn audit(bytes: &[u8]) -> (usize, usize) {
+    faults_of(bytes)
 }

@@ -6,7 +6,7 @@
 //! `serve` reads its requests one after another and closes what HTTP leaves open. Each request gets its state in `ctx`, shows its
 //! key in `auth`, takes its place in `limits`, is told in `body` and `route` which model it wants, and is carried by `relay` to the
 //! node that `pick` chose, and on to the next when that one is lost. `answer` writes what the edge says itself, and `record` makes
-//! exactly one terminal record of it all.
+//! exactly one terminal record of it all, which `audit` keeps where the configuration names a folder.
 //!
 //! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
 //! whose one writer publishes immutable snapshots; `upstreams` are the members that are none of ours. `live` is the configuration in force,
@@ -36,6 +36,7 @@ mod pick;
 mod relay;
 mod answer;
 mod record;
+pub mod audit;
 mod discover;
 mod remembered;
 mod health;

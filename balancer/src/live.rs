@@ -1,21 +1,27 @@
 //! What a reload may change, as one value behind one pointer: a connection takes it when it comes, a request once its head is read, a
 //! probe each time. Whoever has begun with one goes on with it to its end.
 
-use std::sync::Arc;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
+    sync::Arc,
+};
 
 use arc_swap::ArcSwap;
 use pingora::{
     connectors::{ConnectorOptions, http::Connector},
     listeners::tls::Acceptor,
 };
+use serde::Serialize;
+use sha2::{Digest, Sha256};
 use tidegate_common::{config::Problems, tls::TlsError};
 use tokio::{sync::mpsc, time::Instant};
 use tracing::{info, warn};
 
 use crate::{
     config::{BalancerConfig, UpstreamTls},
-    metrics::Metrics,
     pool::{PoolView, Signal},
+    record::Books,
     relay::{Budget, Relay},
     upstreams::Upstreams,
 };
@@ -72,8 +78,13 @@ fn connector(config: &BalancerConfig) -> Result<Connector, TlsError> {
 #[derive(Debug, Clone)]
 pub struct Reloads(mpsc::Sender<Reading>);
 
-/// A reading: checked, or what is wrong with it.
-pub(crate) type Reading = Result<BalancerConfig, Problems>;
+/// A reading.
+pub(crate) struct Reading {
+    /// Checked, or what is wrong with it.
+    config: Result<BalancerConfig, Problems>,
+    /// Paths of the values that are others than before.
+    changed: Vec<String>,
+}
 
 impl Reloads {
     /// A road for readings, and its end.
@@ -82,10 +93,11 @@ impl Reloads {
         (Self(sender), readings)
     }
 
-    /// Puts a good reading in force; a bad one is logged and counted, and what was in force stays.
-    pub async fn give(&self, reading: Result<BalancerConfig, Problems>) {
+    /// Puts a good reading in force; a bad one is logged and counted, and what was in force stays. `changed` are the paths of the values
+    /// that are others than before, for the record.
+    pub async fn give(&self, config: Result<BalancerConfig, Problems>, changed: Vec<String>) {
         // an error means that the balancer has ended
-        let _ = self.0.send(reading).await;
+        let _ = self.0.send(Reading { config, changed }).await;
     }
 }
 
@@ -94,31 +106,62 @@ pub(crate) async fn follow(
     mut readings: mpsc::Receiver<Reading>,
     live: Current,
     pool: Arc<PoolView>,
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
 ) {
-    while let Some(reading) = readings.recv().await {
-        let next = reading.map_err(|problems| problems.to_string());
+    let mut known = files(&live.load().config);
+    while let Some(Reading { config, changed }) = readings.recv().await {
+        let next = config.map_err(|problems| problems.to_string());
+        let mut reload = Reload { outcome: "applied", reason: None, changed, files: Vec::new() };
         let before = live.load_full();
         let next = next.and_then(|mut config| {
             config.inherit(&before.config);
             Live::new(config, &pool).map_err(|e| e.to_string())
         });
-        let outcome = match next {
+        match next {
             Ok(next) => {
+                let now = files(&next.config);
+                reload.files = differences(&known, &now);
+                known = now;
                 let reloaded =
                     Signal::Reloaded { rules: next.config.health.rules, upstreams: Arc::clone(&next.upstreams) };
-                metrics.show_certificates(&next.config);
+                books.metrics.show_certificates(&next.config);
                 live.store(Arc::new(next));
                 // an error means that the pool's writer has ended, and with it the balancer
                 let _ = pool.signals().send(reloaded).await;
                 info!("the configuration is in force as it stands now");
-                "applied"
             }
             Err(reason) => {
                 warn!(reason, "the configuration is refused, and the one before stays in force");
-                "refused"
+                (reload.outcome, reload.reason) = ("refused", Some(reason));
             }
-        };
-        metrics.reloads.with_label_values(&[outcome]).inc();
+        }
+        books.metrics.reloads.with_label_values(&[reload.outcome]).inc();
+        if let Some(audit) = &books.audit {
+            audit.record("reload", &reload, None);
+        }
     }
+}
+
+/// A reading of the configuration, as it is recorded: names of what changed, and never a value.
+#[derive(Serialize)]
+struct Reload {
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    /// Paths of values.
+    changed: Vec<String>,
+    /// Files with other content.
+    files: Vec<String>,
+}
+
+/// The files that a configuration names, by the hash of what is in them.
+fn files(config: &BalancerConfig) -> BTreeMap<PathBuf, Option<[u8; 32]>> {
+    let hash = |path: &PathBuf| std::fs::read(path).ok().map(|content| Sha256::digest(content).into());
+    config.files().iter().map(|path| (path.clone(), hash(path))).collect()
+}
+
+fn differences(before: &BTreeMap<PathBuf, Option<[u8; 32]>>, now: &BTreeMap<PathBuf, Option<[u8; 32]>>) -> Vec<String> {
+    let is_other = |path: &&PathBuf| before.get(*path) != now.get(*path);
+    let paths: BTreeSet<&PathBuf> = before.keys().chain(now.keys()).collect();
+    paths.into_iter().filter(is_other).map(|path| path.display().to_string()).collect()
 }

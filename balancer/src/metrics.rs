@@ -31,6 +31,16 @@ pub(crate) struct Metrics {
     /// Readings of the configuration while running, by what became of them.
     pub(crate) reloads: IntCounterVec,
     certificates: IntGaugeVec,
+    /// Audit records taken, by event.
+    pub(crate) audit_records: IntCounterVec,
+    /// Audit records that could not be kept.
+    pub(crate) audit_lost: IntCounter,
+    /// Attempts to write the audit log that failed.
+    pub(crate) audit_failures: IntCounter,
+    /// 1 while the audit log cannot be written.
+    pub(crate) audit_failing: IntGauge,
+    /// Number of the newest audit record.
+    pub(crate) audit_sequence: IntGauge,
     members: IntGaugeVec,
     panics: IntGaugeVec,
 }
@@ -45,8 +55,8 @@ impl Metrics {
             first_token: histograms(r, "time_to_first_token_seconds", "from a request's head to its first token"),
             retries: counters(r, "retries_total", "attempts moved on before the client had anything", &["reason"]),
             resumes: counters(r, "resumes_total", "streams taken up by another node", &["reason"]),
-            open_requests: gauges(r, "open_requests", "requests open", &[]).with_label_values::<&str>(&[]),
-            open_streams: gauges(r, "open_streams", "streams open", &[]).with_label_values::<&str>(&[]),
+            open_requests: gauge(r, "open_requests", "requests open"),
+            open_streams: gauge(r, "open_streams", "streams open"),
             refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
             reloads: counters(r, "reloads_total", "readings of the configuration while running", &["outcome"]),
             certificates: gauges(
@@ -55,6 +65,11 @@ impl Metrics {
                 "when a certificate of the edge ends, in Unix seconds",
                 &["file"],
             ),
+            audit_records: counters(r, "audit_records_total", "audit records taken", &["event"]),
+            audit_lost: counter(r, "audit_lost_total", "audit records that could not be kept"),
+            audit_failures: counter(r, "audit_failures_total", "attempts to write the audit log that failed"),
+            audit_failing: gauge(r, "audit_failing", "1 while the audit log cannot be written"),
+            audit_sequence: gauge(r, "audit_sequence", "number of the newest audit record"),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
             panics: gauges(
                 r,
@@ -115,6 +130,14 @@ fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> Int
     metric
 }
 
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    counters(registry, name, help, &[]).with_label_values::<&str>(&[])
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    gauges(registry, name, help, &[]).with_label_values::<&str>(&[])
+}
+
 fn gauges(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
     let metric = IntGaugeVec::new(opts(name, help), labels).expect(CONSTANT);
     registry.register(Box::new(metric.clone())).expect(CONSTANT);
@@ -142,10 +165,16 @@ mod tests {
         metrics.resumes.with_label_values(&["ended"]).inc();
         metrics.refused("allowlist").inc();
         metrics.reloads.with_label_values(&["applied"]).inc();
+        metrics.audit_records.with_label_values(&["request"]).inc();
         let text = String::from_utf8(metrics.render()).unwrap();
         let mut names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
         names.sort_unstable();
         insta::assert_snapshot!(names.join("\n"), @r"
+        tidegate_audit_failing
+        tidegate_audit_failures_total
+        tidegate_audit_lost_total
+        tidegate_audit_records_total
+        tidegate_audit_sequence
         tidegate_connections_refused_total
         tidegate_open_requests
         tidegate_open_streams

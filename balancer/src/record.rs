@@ -2,18 +2,47 @@
 //!
 //! The record is written when it is dropped, so a request that was cut short by its client or by the end of the process has one too.
 
-use std::sync::Arc;
+use std::{borrow::Cow, net::IpAddr, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use pingora::protocols::http::ServerSession;
 use prometheus::IntGauge;
-use tidegate_common::{contract::ApiError, ids::NodeId};
+use serde::Serialize;
+use tidegate_common::{
+    contract::{ApiError, paths},
+    ids::NodeId,
+};
 use tokio::time::Instant;
 use tracing::info;
 
-use crate::{ctx::RequestCtx, metrics::Metrics};
+use crate::{
+    audit::{self, Audit, Place},
+    ctx::RequestCtx,
+    live::Current,
+    metrics::Metrics,
+};
+
+/// Longest text of a client's that is repeated in a record, in characters.
+const CLIENT_TEXT_MAX: usize = 256;
+
+/// Where records go.
+pub(crate) struct Books {
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) audit: Option<Arc<Audit>>,
+    pub(crate) live: Current,
+}
 
 /// What is known of a request so far; the whole of it when dropped.
 pub(crate) struct Record {
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
+    /// Held for the audit log's record of it.
+    place: Option<Place>,
+    /// What was asked, where the audit log is to have it.
+    body: Option<Bytes>,
+    /// Bytes of bodies, from the client and to it.
+    bytes: (usize, usize),
+    /// Time that nodes have worked on it.
+    pub(crate) upstream: Duration,
     pub(crate) ctx: RequestCtx,
     /// The model that a pool was found for; never what a client made up.
     pub(crate) model: String,
@@ -35,10 +64,14 @@ pub(crate) struct Record {
 }
 
 impl Record {
-    pub(crate) fn new(metrics: Arc<Metrics>, ctx: RequestCtx) -> Self {
-        metrics.open_requests.inc();
+    pub(crate) fn new(books: &Arc<Books>, ctx: RequestCtx) -> Self {
+        books.metrics.open_requests.inc();
         Self {
-            metrics,
+            books: Arc::clone(books),
+            place: None,
+            body: None,
+            bytes: (0, 0),
+            upstream: Duration::ZERO,
             ctx,
             model: String::new(),
             node: None,
@@ -50,6 +83,25 @@ impl Record {
             prompt_tokens: None,
             first_token: None,
         }
+    }
+
+    /// Sees to it that the request can be recorded, where none may go without. Asking for the edge's health is no request of anybody's.
+    pub(crate) fn admit(&mut self) -> Result<(), ApiError> {
+        if let Some(audit) = self.books.audit.as_ref().filter(|_| self.ctx.path != paths::HEALTH) {
+            self.place = audit.admit()?;
+        }
+        Ok(())
+    }
+
+    /// What the client asks, whole.
+    pub(crate) fn asked(&mut self, body: &Bytes) {
+        let bytes_max = self.books.audit.as_ref().and_then(|audit| audit.body_bytes_max());
+        self.body = bytes_max.map(|max| body.slice(..body.len().min(max)));
+    }
+
+    /// What has passed through this session.
+    pub(crate) fn passed(&mut self, session: &ServerSession) {
+        self.bytes = (session.body_bytes_read(), session.body_bytes_sent());
     }
 
     /// The answer ended well, or as the node wanted it.
@@ -70,52 +122,160 @@ impl Record {
     /// An attempt was given up before the client had anything.
     pub(crate) fn retried(&mut self, why: &str) {
         self.retries += 1;
-        self.metrics.retries.with_label_values(&[why]).inc();
+        self.books.metrics.retries.with_label_values(&[why]).inc();
     }
 
     /// Another node takes the stream up.
     pub(crate) fn resumed(&mut self, why: &str) {
         self.resumes += 1;
-        self.metrics.resumes.with_label_values(&[why]).inc();
+        self.books.metrics.resumes.with_label_values(&[why]).inc();
     }
 
     /// One more open stream, until the guard is dropped.
     pub(crate) fn open_stream(&self) -> OpenStream {
-        self.metrics.open_streams.inc();
-        OpenStream(self.metrics.open_streams.clone())
+        self.books.metrics.open_streams.inc();
+        OpenStream(self.books.metrics.open_streams.clone())
     }
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
-        let ctx = &self.ctx;
-        let duration_s = ctx.started.elapsed().as_secs_f64();
-        let ttft_s = self.first_token.map(|at| at.duration_since(ctx.started).as_secs_f64());
-        self.metrics.open_requests.dec();
-        self.metrics.duration.with_label_values(&[ctx.path]).observe(duration_s);
-        if let Some(seconds) = ttft_s {
-            self.metrics.first_token.with_label_values(&[ctx.path]).observe(seconds);
+        let duration = self.ctx.started.elapsed();
+        let ttft = self.first_token.map(|at| at.duration_since(self.ctx.started));
+        self.count(duration, ttft);
+        let place = self.place.take();
+        let entry = self.entry(duration, ttft);
+        if self.books.live.load().config.access_log {
+            entry.log();
         }
-        let labels = [ctx.path, self.model.as_str(), &self.status.to_string(), self.reason];
-        self.metrics.requests.with_label_values(&labels).inc();
+        if let Some(audit) = self.books.audit.as_ref().filter(|_| self.is_for_audit()) {
+            audit.record("request", &entry, place);
+        }
+    }
+}
+
+impl Record {
+    /// A load balancer asks for the edge's health every second, and nobody else is meant by it.
+    fn is_for_audit(&self) -> bool {
+        self.reason != audit::UNAVAILABLE && !(self.ctx.path == paths::HEALTH && self.reason == "ok")
+    }
+
+    fn count(&self, duration: Duration, ttft: Option<Duration>) {
+        let (metrics, path) = (&self.books.metrics, self.ctx.path);
+        metrics.open_requests.dec();
+        metrics.duration.with_label_values(&[path]).observe(duration.as_secs_f64());
+        if let Some(ttft) = ttft {
+            metrics.first_token.with_label_values(&[path]).observe(ttft.as_secs_f64());
+        }
+        let labels = [path, self.model.as_str(), &self.status.to_string(), self.reason];
+        metrics.requests.with_label_values(&labels).inc();
+    }
+
+    fn entry(&self, duration: Duration, ttft: Option<Duration>) -> Entry<'_> {
+        let ctx = &self.ctx;
+        let shortened = |text: &str| text.chars().take(CLIENT_TEXT_MAX).collect::<String>();
+        Entry {
+            request_id: ctx.id.as_str(),
+            client: ctx.client,
+            http: ctx.http,
+            tls: ctx.tls.as_ref().map(|tls| &*tls.version),
+            method: ctx.method.as_str(),
+            path: ctx.path,
+            target: ctx.target.as_ref().map(|uri| shortened(uri.path())),
+            agent: ctx.agent.as_ref().and_then(|agent| agent.to_str().ok()).map(shortened),
+            model: &self.model,
+            owner: ctx.tenant().map(|owner| &**owner),
+            credential: ctx.principal.as_ref().map(|principal| principal.credential.to_string()),
+            node: self.node.as_ref().map(NodeId::as_str),
+            status: self.status,
+            reason: self.reason,
+            retries: self.retries,
+            resumes: self.resumes,
+            prompt_tokens: self.prompt_tokens,
+            tokens: self.tokens,
+            bytes_in: self.bytes.0,
+            bytes_out: self.bytes.1,
+            duration_ms: milliseconds(duration),
+            upstream_ms: (!self.upstream.is_zero()).then(|| milliseconds(self.upstream)),
+            ttft_ms: ttft.map(milliseconds),
+            body: self.body.as_deref().map(String::from_utf8_lossy),
+        }
+    }
+}
+
+/// With three digits after the point: more says nothing.
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1e3
+}
+
+/// A request as it is logged and recorded.
+#[derive(Serialize)]
+struct Entry<'a> {
+    request_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client: Option<IpAddr>,
+    http: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls: Option<&'a str>,
+    method: &'a str,
+    path: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    model: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    owner: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    credential: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node: Option<&'a str>,
+    status: u16,
+    reason: &'static str,
+    retries: u32,
+    resumes: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens: Option<u32>,
+    tokens: usize,
+    bytes_in: usize,
+    bytes_out: usize,
+    duration_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upstream_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ttft_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<Cow<'a, str>>,
+}
+
+impl Entry<'_> {
+    /// The line that each request has in the log; what is asked is never in it.
+    fn log(&self) {
         info!(
-            request_id = %ctx.id,
-            client = ctx.client.map(tracing::field::display),
-            http = ctx.http,
-            method = %ctx.method,
-            path = ctx.path,
+            request_id = self.request_id,
+            client = self.client.map(tracing::field::display),
+            http = self.http,
+            tls = self.tls,
+            method = self.method,
+            path = self.path,
+            target = self.target,
+            agent = self.agent,
             model = self.model,
-            tenant = ctx.tenant().map(tracing::field::display),
-            credential = ctx.principal.as_ref().map(|p| tracing::field::display(&p.credential)),
-            node = self.node.as_ref().map(tracing::field::display),
+            tenant = self.owner,
+            credential = self.credential,
+            node = self.node,
             status = self.status,
             reason = self.reason,
             retries = self.retries,
             resumes = self.resumes,
-            tokens = self.tokens,
             prompt_tokens = self.prompt_tokens,
-            duration_ms = duration_s * 1e3,
-            ttft_ms = ttft_s.map(|s| s * 1e3),
+            tokens = self.tokens,
+            bytes_in = self.bytes_in,
+            bytes_out = self.bytes_out,
+            duration_ms = self.duration_ms,
+            upstream_ms = self.upstream_ms,
+            ttft_ms = self.ttft_ms,
             "request"
         );
     }

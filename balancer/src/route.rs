@@ -35,12 +35,15 @@ pub(crate) fn allowed(path: &str) -> Option<&'static str> {
     }
 }
 
+/// The label of all paths that are none of the API's.
+pub(crate) const OTHER: &str = "other";
+
 /// A path as a label: one of ours, or one word for all others.
 pub(crate) fn label(path: &str) -> &'static str {
     let known = [paths::HEALTH, paths::MODELS, paths::OPENAPI, paths::DOCS, paths::METRICS, MEMBERS]
         .into_iter()
         .chain(paths::GENERATIONS);
-    known.into_iter().find(|known| *known == path).unwrap_or("other")
+    known.into_iter().find(|known| *known == path).unwrap_or(OTHER)
 }
 
 /// Routes by path and method.

@@ -10,6 +10,7 @@ use pingora::{
     server::ListenFds,
     services::{Service as _, listening::Service},
 };
+use serde_json::json;
 use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, systemd, tls::TlsError};
 use tokio::{
     runtime::Runtime,
@@ -22,6 +23,7 @@ use tracing::{info, warn};
 use crate::{
     accept::Gate,
     admin::Admin,
+    audit::Audit,
     bind::{self, Balancer},
     config::BalancerConfig,
     discover::Discover,
@@ -31,6 +33,7 @@ use crate::{
     live::{self, Current, Live},
     metrics::Metrics,
     pool::PoolView,
+    record::Books,
     remembered::Remembered,
     serve::Edge,
     tls::{Refused, Secured},
@@ -89,6 +92,14 @@ pub enum RunError {
         /// Why not.
         source: io::Error,
     },
+    /// The audit log cannot be written.
+    #[error("balancer.audit.dir: {}: {source}", path.display())]
+    Audit {
+        /// Its folder.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// The system refuses threads or descriptors.
     #[error("cannot set up the runtime: {0}")]
     Setup(io::Error),
@@ -123,9 +134,27 @@ pub(crate) fn serve(
         .enable_all()
         .build()
         .map_err(RunError::Setup)?;
-    let outcome = start(&runtime, balancer, cluster, registry).and_then(|house| runtime.block_on(house.live(shutdown)));
+    let metrics = Arc::new(Metrics::new());
+    let audit = open_audit(&balancer.config, &metrics)?;
+    let started = start(&runtime, balancer, cluster, registry, metrics, audit.clone());
+    let outcome = started.and_then(|house| runtime.block_on(house.live(shutdown)));
     runtime.shutdown_timeout(LEAVE_TIMEOUT);
+    // after the last request: those that were cut have their records too
+    if let Some(audit) = audit {
+        audit.record(
+            "stop",
+            &json!({"outcome": outcome.as_ref().map_or_else(ToString::to_string, |()| "ok".to_owned())}),
+            None,
+        );
+        audit.close();
+    }
     outcome
+}
+
+fn open_audit(config: &BalancerConfig, metrics: &Arc<Metrics>) -> Result<Option<Arc<Audit>>, RunError> {
+    let Some(config) = config.audit() else { return Ok(None) };
+    let opened = Audit::open(config, metrics);
+    opened.map(|audit| Some(Arc::new(audit))).map_err(|source| RunError::Audit { path: config.folder().into(), source })
 }
 
 /// Everything that runs.
@@ -144,6 +173,7 @@ struct House {
     pool: Arc<PoolView>,
     open: Arc<OpenRequests>,
     live: Current,
+    books: Arc<Books>,
 }
 
 fn start(
@@ -151,6 +181,8 @@ fn start(
     balancer: Balancer,
     cluster: &ClusterConfig,
     registry: Arc<dyn Registry>,
+    metrics: Arc<Metrics>,
+    audit: Option<Arc<Audit>>,
 ) -> Result<House, RunError> {
     let _within = runtime.enter();
     let Balancer { config, service, admin, readings, reloads: _, predecessor, is_upgradable } = balancer;
@@ -163,21 +195,25 @@ fn start(
     let (admin_names, admin_fds) = bind::hand_over(sockets.private).map_err(RunError::Setup)?;
     info!(cluster = %cluster.name, listen = ?names, tls = config.uses_tls(), admin = ?admin_names, "balancer listens");
 
-    let metrics = Arc::new(Metrics::new());
+    if let Some(audit) = &audit {
+        let version = env!("CARGO_PKG_VERSION");
+        audit.record("start", &json!({"version": version, "pid": std::process::id(), "listen": names}), None);
+    }
     let open = Arc::new(OpenRequests::default());
     let rules = config.health.rules;
     let (pool, signals) = PoolView::new();
     let remembered = Remembered::open(&config.members_file, cluster);
     metrics.show_certificates(&config);
     let live = Arc::new(ArcSwap::from_pointee(Live::new(config, &pool)?));
+    let books = Arc::new(Books { metrics: Arc::clone(&metrics), audit, live: Arc::clone(&live) });
     let prober = Prober { live: Arc::clone(&live) };
-    let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&metrics), remembered)
+    let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&books), remembered)
         .run(registry, signals);
     let (closing, closed) = watch::channel(false);
     let (admin_closing, admin_closed) = watch::channel(false);
     let (entering, entered) = watch::channel(false);
-    let public = public_service(&live, &metrics, &open);
-    tokio::spawn(live::follow(readings, Arc::clone(&live), Arc::clone(&pool), Arc::clone(&metrics)));
+    let public = public_service(&books, &open);
+    tokio::spawn(live::follow(readings, Arc::clone(&live), Arc::clone(&pool), Arc::clone(&books)));
     let private = Admin { pool: Arc::clone(&pool), metrics, open: Arc::clone(&open) };
     let private = Service::new("admin".into(), private);
     Ok(House {
@@ -192,16 +228,19 @@ fn start(
         pool,
         open,
         live,
+        books,
     })
 }
 
-fn public_service(live: &Current, metrics: &Arc<Metrics>, open: &Arc<OpenRequests>) -> Service<Secured<Edge>> {
+fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secured<Edge>> {
+    let Books { live, metrics, .. } = &**books;
     let mut options = HttpServerOptions::default();
     options.h2_idle_timeout = Some(live.load().config.limits.idle_timeout);
     let edge = Edge {
         live: Arc::clone(live),
         places: Places::default(),
         metrics: Arc::clone(metrics),
+        books: Arc::clone(books),
         open: Arc::clone(open),
         options,
         started: Instant::now(),
@@ -244,6 +283,9 @@ impl House {
             _ = &mut self.admin => return Err(RunError::Ended("private listener")),
             _ = &mut self.discover => return Err(RunError::Ended("pool's writer")),
         };
+        if is_replaced {
+            self.record("upgrade", &json!({"step": "handed_over"}));
+        }
         self.admin_closing.send_replace(is_replaced);
         self.leave().await;
         // a listener whose house goes without a word calls that an error
@@ -263,6 +305,7 @@ impl House {
         predecessor.is_matched_by(&self.pool).await?;
         self.entering.send_replace(true);
         predecessor.dismiss();
+        self.record("upgrade", &json!({"step": "taken_over"}));
         systemd::ready();
         // the one before has left, so this one stays whatever comes of it
         Ok(self.offer().unwrap_or_else(|error| {
@@ -287,11 +330,18 @@ impl House {
     async fn leave(&self) {
         let grace = self.live.load().config.drain_grace;
         info!(open = self.open.count(), ?grace, "balancer drains");
+        self.record("drain", &json!({"open": self.open.count()}));
         self.open.drain();
         self.closing.send_replace(true);
         match timeout(grace, self.settled()).await {
             Ok(()) => info!("balancer leaves, every request has ended"),
             Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),
+        }
+    }
+
+    fn record(&self, event: &'static str, fields: &serde_json::Value) {
+        if let Some(audit) = &self.books.audit {
+            audit.record(event, fields, None);
         }
     }
 

@@ -30,7 +30,7 @@ use crate::{
     live::{Current, Live},
     metrics::{self, Metrics},
     policy,
-    record::Record,
+    record::{Books, Record},
     relay::Generation,
     route::{self, Route},
 };
@@ -47,6 +47,7 @@ pub(crate) struct Edge {
     pub(crate) live: Current,
     pub(crate) places: Places,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) books: Arc<Books>,
     pub(crate) open: Arc<OpenRequests>,
     pub(crate) options: HttpServerOptions,
     pub(crate) started: Instant,
@@ -127,7 +128,7 @@ impl Edge {
             Err(_) if reused => return false,
             Err(_) => ApiError::new(ErrorKind::RequestTimeout, "header_timeout", "the header took too long to arrive"),
         };
-        let mut record = Record::new(Arc::clone(&self.metrics), RequestCtx::of_unread(session));
+        let mut record = Record::new(&self.books, RequestCtx::of_unread(session));
         record.refused(&error);
         let _ = answer::refuse_unread(session, &record.ctx.id, &error).await;
         session.shutdown().await;
@@ -143,12 +144,18 @@ impl Edge {
     }
 
     async fn handle(&self, session: &mut ServerSession) -> Ended {
-        let mut record = Record::new(Arc::clone(&self.metrics), RequestCtx::of(session));
+        let mut record = Record::new(&self.books, RequestCtx::of(session));
         let live = self.live.load_full();
-        match self.stages(&live, session, &mut record).await {
+        let outcome = match record.admit() {
+            Ok(()) => self.stages(&live, session, &mut record).await,
+            Err(error) => Err(error),
+        };
+        let ended = match outcome {
             Ok(ended) => ended,
             Err(error) => refuse(session, &mut record, &error).await,
-        }
+        };
+        record.passed(session);
+        ended
     }
 
     /// The stages in their order; each either passes the request on or refuses it.
@@ -241,6 +248,7 @@ async fn generate(
             return Ok(Ended::ClientGone);
         }
     };
+    record.asked(&body);
     let wish = Wish::read(&body)?;
     Ok(live.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
 }

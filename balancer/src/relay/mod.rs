@@ -254,7 +254,9 @@ impl Relay {
             };
             journey.count(record, &client);
             record.node = Some(target.id.clone());
+            let asked = Instant::now();
             let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
+            record.upstream += asked.elapsed();
             (record.tokens, record.prompt_tokens) = (journey.delivered.total(), journey.delivered.prompt_tokens());
             match end {
                 LegEnd::Done => {

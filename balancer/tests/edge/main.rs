@@ -13,3 +13,4 @@ mod relay;
 mod foreign;
 mod pool;
 mod transport;
+mod audit;
