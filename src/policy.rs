@@ -44,7 +44,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
     let config = file.read()?.check(|root| {
         settings::leave_to_others(root, "node");
         // read, so that what stands there is no unknown section
-        (ClusterConfig::read(root), LogConfig::read(root));
+        drop((ClusterConfig::read(root), LogConfig::read(root)));
         BalancerConfig::read(root)
     })?;
     let decision = config.decide(Who { names, address: from }, &action, &resource);
