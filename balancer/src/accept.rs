@@ -57,8 +57,12 @@ impl Allowlist {
 
     /// Whether `ip` may connect.
     pub(crate) fn permits(&self, ip: IpAddr) -> bool {
-        let within = |networks: &[Network]| networks.iter().any(|network| network.contains(ip));
-        !within(&self.deny) && self.allow.as_deref().is_none_or(within)
+        !self.denies(ip) && self.allow.as_deref().is_none_or(|allow| allow.iter().any(|network| network.contains(ip)))
+    }
+
+    /// Whether `ip` is denied in so many words.
+    pub(crate) fn denies(&self, ip: IpAddr) -> bool {
+        self.deny.iter().any(|network| network.contains(ip))
     }
 }
 
@@ -75,10 +79,18 @@ impl fmt::Debug for Gate {
     }
 }
 
+impl Gate {
+    /// Proxies of ours come in, and whom they forward is judged later.
+    fn permits(&self, ip: IpAddr) -> bool {
+        let config = &self.live.load().config;
+        config.allowlist.permits(ip) || (config.trusted.contains(ip) && !config.allowlist.denies(ip))
+    }
+}
+
 #[async_trait]
 impl ConnectionFilter for Gate {
     async fn should_accept(&self, address: Option<&SocketAddr>) -> bool {
-        let accepted = address.is_some_and(|address| self.live.load().config.allowlist.permits(address.ip()));
+        let accepted = address.is_some_and(|address| self.permits(address.ip()));
         if !accepted {
             self.refused.inc();
         }

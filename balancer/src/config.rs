@@ -2,7 +2,13 @@
 //!
 //! A `BalancerConfig` that came out of a run without problems is right; nothing downstream checks again.
 
-use std::{fmt, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytesize::ByteSize;
 use rustls::ServerConfig;
@@ -18,6 +24,7 @@ use crate::{
     names::Certificates,
     policy::{self, Decision, Policies, Who},
     pool::Rules,
+    proxied::{Listener, Trusted},
     remembered::MembersFile,
     upgrade::UpgradeSocket,
     upstreams::UpstreamConfig,
@@ -35,6 +42,8 @@ pub struct BalancerConfig {
     pub(crate) admin: SocketAddr,
     pub(crate) threads: usize,
     pub(crate) allowlist: Allowlist,
+    pub(crate) trusted: Trusted,
+    pub(crate) listeners: Vec<Listener>,
     pub(crate) drain_grace: Duration,
     pub(crate) tls: Option<EdgeTls>,
     pub(crate) auth: Option<Arc<Auth>>,
@@ -143,8 +152,11 @@ impl BalancerConfig {
         let takes_certificates = edge_tls.as_ref().is_some_and(|tls| tls.takes_certificates);
         let known = Auth::read(&auth, takes_certificates);
         let audit = AuditConfig::read(&r.section("audit"));
+        let listen = read_listen(&r);
         let config = Self {
-            listen: read_listen(&r),
+            trusted: Trusted::read(&r),
+            listeners: Listener::read_all(&r, &listen),
+            listen,
             admin: read_admin(&r.section("admin"), insecure),
             threads: r.in_range("threads", 1..=1024, available_threads()),
             allowlist: Allowlist::read(&r),
@@ -198,6 +210,12 @@ impl BalancerConfig {
     /// Whether clients are served over TLS.
     pub fn uses_tls(&self) -> bool {
         self.tls.is_some()
+    }
+
+    /// Whether a client with this address may connect to the listener at `local`.
+    pub(crate) fn permits(&self, local: SocketAddr, ip: IpAddr) -> bool {
+        let listener = self.listeners.iter().find(|listener| listener.is_at(local));
+        self.allowlist.permits(ip) && listener.is_none_or(|listener| listener.permits(ip))
     }
 
     /// What would become of a request, and why: by its address first, then by what its key allows, then by the policies.

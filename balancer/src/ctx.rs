@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::{
     auth::{Principal, UnixSeconds},
     policy::{Policies, Who},
+    proxied::Trusted,
     route::{self, Route},
 };
 
@@ -83,8 +84,9 @@ impl RequestCtx {
     }
 
     /// The frame of the request whose head `session` has just read.
-    pub(crate) fn of(session: &ServerSession) -> Self {
+    pub(crate) fn of(session: &ServerSession, trusted: &Trusted) -> Self {
         let head = session.req_header();
+        let unread = Self::of_unread(session);
         let given = session.get_header(headers::REQUEST_ID).and_then(|v| v.to_str().ok());
         let path = route::label(head.uri.path());
         Self {
@@ -93,8 +95,9 @@ impl RequestCtx {
             path,
             target: (path == route::OTHER).then(|| head.uri.clone()),
             agent: session.get_header(USER_AGENT).cloned(),
+            client: unread.client.map(|peer| trusted.client(peer, &head.headers)),
             principal: None,
-            ..Self::of_unread(session)
+            ..unread
         }
     }
 

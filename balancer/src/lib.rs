@@ -22,6 +22,7 @@ mod bind;
 mod run;
 mod live;
 mod accept;
+mod proxied;
 mod tls;
 mod names;
 mod serve;

@@ -245,7 +245,11 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
         options,
         started: Instant::now(),
     };
-    let refused = Refused { per_address: metrics.refused("per_address"), handshake: metrics.refused("handshake") };
+    let refused = Refused {
+        address: metrics.refused("allowlist"),
+        per_address: metrics.refused("per_address"),
+        handshake: metrics.refused("handshake"),
+    };
     let secured = Secured::new(Arc::new(edge), Arc::clone(live), Arc::clone(open), refused);
     let mut service = Service::new("edge".into(), secured);
     service.set_connection_filter(Arc::new(Gate { live: Arc::clone(live), refused: metrics.refused("allowlist") }));

@@ -144,8 +144,8 @@ impl Edge {
     }
 
     async fn handle(&self, session: &mut ServerSession) -> Ended {
-        let mut record = Record::new(&self.books, RequestCtx::of(session));
         let live = self.live.load_full();
+        let mut record = Record::new(&self.books, RequestCtx::of(session, &live.config.trusted));
         let outcome = match record.admit() {
             Ok(()) => self.stages(&live, session, &mut record).await,
             Err(error) => Err(error),
@@ -165,6 +165,7 @@ impl Edge {
             session.set_keepalive(None);
             return Err(error);
         }
+        demand_address(live, session, &record.ctx)?;
         let head = session.req_header();
         let route = route::route(&head.method, head.uri.path());
         if route == Ok(Route::Health) {
@@ -251,6 +252,19 @@ async fn generate(
     record.asked(&body);
     let wish = Wish::read(&body)?;
     Ok(live.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+}
+
+/// Refuses a client that a proxy of ours forwards and that may not come in.
+fn demand_address(live: &Live, session: &ServerSession, ctx: &RequestCtx) -> Result<(), ApiError> {
+    let local = session.server_addr().and_then(|address| address.as_inet()).copied();
+    match local.zip(ctx.client) {
+        Some((local, client)) if !live.config.permits(local, client) => Err(ApiError::new(
+            ErrorKind::Forbidden,
+            "address_not_allowed",
+            "requests from this address are not taken here",
+        )),
+        _ => Ok(()),
+    }
 }
 
 async fn members(live: &Live, session: &mut ServerSession, record: &mut Record) -> Ended {

@@ -19,6 +19,7 @@ use crate::{
     auth::ReadCertificate,
     drain::OpenRequests,
     live::{Current, Live},
+    proxied,
 };
 
 /// An HTTP application behind connection limits and, when configured, TLS.
@@ -32,6 +33,7 @@ pub(crate) struct Secured<A> {
 
 /// Counters of connections that never came to a request.
 pub(crate) struct Refused {
+    pub(crate) address: IntCounter,
     pub(crate) per_address: IntCounter,
     pub(crate) handshake: IntCounter,
 }
@@ -61,10 +63,14 @@ fn ip_of(stream: &TcpStream) -> Option<IpAddr> {
 #[async_trait]
 impl<A: ServerApp + Send + Sync + 'static> ServerApp for Secured<A> {
     async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
-        let stream = stream.into_any().downcast::<TcpStream>().ok()?;
+        let mut stream = stream.into_any().downcast::<TcpStream>().ok()?;
         // a request is on its way, as the end must know
         let coming = self.open.enter();
         let live = self.live.load_full();
+        if proxied::admit(&live.config, &mut stream).await.is_none() {
+            self.refused.address.inc();
+            return None;
+        }
         let per_address_max = live.config.limits.connections_per_address_max;
         let Some(_permit) = self.connections.enter(ip_of(&stream)?, per_address_max) else {
             self.refused.per_address.inc();

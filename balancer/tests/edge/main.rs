@@ -7,6 +7,7 @@
 
 mod support;
 mod requests;
+mod proxied;
 mod auth;
 mod tokens;
 mod relay;

@@ -332,6 +332,9 @@ pub(crate) struct House {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Where the edge listens.
+const LISTEN: &str = "listen = \"127.0.0.1:0\"";
+
 /// Fast probes and short bounds; tests add sections behind it.
 const BASE: &str = "[balancer]\nlisten = \"127.0.0.1:0\"\nthreads = 2\n\
     [balancer.admin]\nlisten = \"127.0.0.1:0\"\n[balancer.health]\ninterval = \"50ms\"\n";
@@ -345,6 +348,13 @@ impl House {
     /// `[balancer]`.
     pub(crate) async fn with(count: usize, extra: &str) -> Self {
         Self::with_foreign(count, 0, "", extra).await
+    }
+
+    /// With other lines in the place of `listen`.
+    pub(crate) async fn with_listeners(count: usize, listen: &str, extra: &str) -> Self {
+        let house = Self::build_at(listen, count, None, extra, None).await;
+        house.until(|members| ready(members).len() == count).await;
+        house
     }
 
     /// With upstreams `f0`, `f1`, ... that are none of ours; `more` are more lines of each.
@@ -370,6 +380,16 @@ impl House {
         extra: &str,
         node_tls: Option<Arc<rustls::ServerConfig>>,
     ) -> Self {
+        Self::build_at(LISTEN, count, foreign, extra, node_tls).await
+    }
+
+    async fn build_at(
+        listen: &str,
+        count: usize,
+        foreign: Option<(usize, &str)>,
+        extra: &str,
+        node_tls: Option<Arc<rustls::ServerConfig>>,
+    ) -> Self {
         tls::install_provider();
         let (tell, news) = mpsc::unbounded_channel();
         let (mut upstreams, mut entries) = (Vec::new(), String::new());
@@ -389,8 +409,10 @@ impl House {
         let (keys, sections) = extra.split_at(sections_at);
         // the base ends within this section
         let sections = sections.strip_prefix("[balancer.health]\n").unwrap_or(sections);
-        let text =
-            format!("{}\n{sections}\n{entries}", BASE.replacen("threads = 2\n", &format!("threads = 2\n{keys}"), 1));
+        let text = format!(
+            "{}\n{sections}\n{entries}",
+            BASE.replacen("threads = 2\n", &format!("threads = 2\n{keys}"), 1).replacen(LISTEN, listen, 1)
+        );
         let raw = Raw::from_toml(&text, "test").unwrap();
         let (config, cluster) = raw.check(|r| (BalancerConfig::read(r), ClusterConfig::read(r))).unwrap();
         let registry = Arc::new(MemoryRegistry::default());

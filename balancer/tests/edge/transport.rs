@@ -174,6 +174,7 @@ async fn nodes_are_reached_by_mutual_tls_and_strangers_are_not() {
     assert_eq!(texts(&house.ask(&chat(true)).await.1), ("ab".into(), true));
     // a node of another CA, an edge that shows another CA's certificate, an edge that trusts nobody
     for (extra, node) in [(upstream(&known), &stranger), (upstream(&stranger), &known), (String::new(), &known)] {
+        let extra = format!("{extra}\n[balancer.relay]\nqueue_wait = \"100ms\"");
         let house = House::with_tls_nodes(1, &extra, nodes(node)).await;
         house.until(|members| members.members.iter().any(|m| m.last_probe_error.is_some())).await;
         assert!(ready(&house.members().await).is_empty());
