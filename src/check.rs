@@ -51,6 +51,26 @@ mod tests {
 
     use super::*;
 
+    /// Their files do not exist here, so only what has no place in a configuration is looked for.
+    #[test]
+    fn samples_in_the_documentation_have_keys_that_exist() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let pages = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        let mut count = 0;
+        for page in pages.chain([root.join("README.md")]) {
+            let text = std::fs::read_to_string(&page).unwrap();
+            for sample in text.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+                let raw =
+                    Raw::from_toml(sample, "sample").unwrap_or_else(|e| panic!("{}: {e}\n{sample}", page.display()));
+                let problems = All::check(&raw).map_or_else(|problems| problems.0, |_| Vec::new());
+                let unknown: Vec<_> = problems.iter().filter(|p| p.message.starts_with("unknown key")).collect();
+                assert!(unknown.is_empty(), "{}: {unknown:?}\n{sample}", page.display());
+                count += 1;
+            }
+        }
+        assert!(count >= 5, "{count} samples");
+    }
+
     #[test]
     fn every_sample_passes() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/config");
