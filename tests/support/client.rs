@@ -221,7 +221,7 @@ impl Wire {
             let mut parts = id.split(':');
             match (parts.next()?, parts.next(), parts.next()) {
                 ("end", ..) => has_ended = true,
-                ("by", ..) => {}
+                ("by" | "prompt", ..) => {}
                 (choice, Some(_), Some(ids)) => {
                     let ids = ids.split(',').map(str::parse).collect::<Result<Vec<u32>, _>>().ok()?;
                     tokens.entry(choice.parse().ok()?).or_default().extend(ids);
