@@ -5,10 +5,14 @@ use http::{Method, header};
 use pingora::{http::ResponseHeader, protocols::http::ServerSession};
 use tidegate_common::{
     contract::{ApiError, ErrorKind, Refusal, headers},
-    ids::{NodeId, RequestId},
+    ids::NodeId,
 };
 
-use crate::{limits, route};
+use crate::{
+    ctx::Stamp,
+    limits::{self, Allowance},
+    route,
+};
 
 /// A whole answer.
 #[derive(Debug, Clone)]
@@ -35,11 +39,11 @@ impl From<Refusal> for Answer {
 /// Writes a whole answer.
 pub(crate) async fn write(
     session: &mut ServerSession,
-    id: &RequestId,
+    stamp: Stamp<'_>,
     node: Option<&NodeId>,
     answer: Answer,
 ) -> pingora::Result<()> {
-    let mut head = head(answer.status, &answer.media_type, id, node)?;
+    let mut head = head(answer.status, &answer.media_type, stamp, node)?;
     if let Some(after) = &answer.retry_after {
         head.insert_header(header::RETRY_AFTER, after)?;
     }
@@ -47,8 +51,8 @@ pub(crate) async fn write(
 }
 
 /// Writes a refusal. One that comes before the body was read reads on a little, so that the client can read it.
-pub(crate) async fn refuse(session: &mut ServerSession, id: &RequestId, error: &ApiError) -> pingora::Result<()> {
-    let mut head = head(error.status(), "application/json", id, None)?;
+pub(crate) async fn refuse(session: &mut ServerSession, stamp: Stamp<'_>, error: &ApiError) -> pingora::Result<()> {
+    let mut head = head(error.status(), "application/json", stamp, None)?;
     if let Some(seconds) = error.retry_after_s() {
         head.insert_header(header::RETRY_AFTER, seconds.to_string())?;
     }
@@ -71,12 +75,12 @@ pub(crate) async fn refuse(session: &mut ServerSession, id: &RequestId, error: &
 /// Writes a refusal of a request whose head could not be read; nothing about the request may be asked of the session.
 pub(crate) async fn refuse_unread(
     session: &mut ServerSession,
-    id: &RequestId,
+    stamp: Stamp<'_>,
     error: &ApiError,
 ) -> pingora::Result<()> {
     session.set_write_timeout(Some(std::time::Duration::from_secs(1)));
     let body = Bytes::from(error.to_json().to_string());
-    let mut head = head(error.status(), "application/json", id, None)?;
+    let mut head = head(error.status(), "application/json", stamp, None)?;
     head.set_content_length(body.len())?;
     session.write_response_header(Box::new(head)).await?;
     session.write_response_body(body, true).await
@@ -86,12 +90,15 @@ pub(crate) async fn refuse_unread(
 pub(crate) fn head(
     status: u16,
     media_type: &str,
-    id: &RequestId,
+    stamp: Stamp<'_>,
     node: Option<&NodeId>,
 ) -> pingora::Result<ResponseHeader> {
-    let mut head = ResponseHeader::build(status, Some(8))?;
+    let mut head = ResponseHeader::build(status, Some(12))?;
     head.insert_header(header::CONTENT_TYPE, media_type)?;
-    head.insert_header(headers::REQUEST_ID, id.as_str())?;
+    head.insert_header(headers::REQUEST_ID, stamp.id.as_str())?;
+    for (name, value) in stamp.allowance.into_iter().flat_map(Allowance::headers) {
+        head.insert_header(name, value)?;
+    }
     if let Some(node) = node {
         head.insert_header(headers::NODE, node.as_str())?;
     }

@@ -19,6 +19,8 @@ pub(crate) struct Wish {
     pub(crate) seeded: bool,
     /// How many answers it wants.
     pub(crate) choices: u32,
+    /// The longest that each of them may be, in tokens, if it says so.
+    pub(crate) tokens_max: Option<u32>,
 }
 
 #[derive(Deserialize)]
@@ -27,6 +29,10 @@ struct RawWish<'a> {
     model: Option<Field<Cow<'a, str>>>,
     stream: Option<Field<bool>>,
     n: Option<Field<u32>>,
+    // each API has its own word for it
+    max_tokens: Option<Field<u32>>,
+    max_completion_tokens: Option<Field<u32>>,
+    max_output_tokens: Option<Field<u32>>,
     seed: Option<IgnoredAny>,
     tidegate_resume: Option<IgnoredAny>,
 }
@@ -67,9 +73,26 @@ impl Wish {
             stream: Field::right(raw.stream, "stream", "true or false")?.unwrap_or(false),
             seeded: raw.seed.is_some(),
             // a wrong n is the node's to refuse
+            tokens_max: [raw.max_completion_tokens, raw.max_output_tokens, raw.max_tokens]
+                .into_iter()
+                .find_map(|field| Field::right(field, "", "").ok().flatten()),
             choices: Field::right(raw.n, "n", "").ok().flatten().unwrap_or(1).clamp(1, CHOICES_MAX),
         })
     }
+}
+
+impl Wish {
+    /// How many tokens a body of this length and what is asked for will be, as far as one can say without counting: four bytes make
+    /// one in most languages, and an answer is as long as it may.
+    pub(crate) fn tokens_estimate(&self, body_bytes: usize, answer_tokens: u32) -> u64 {
+        let answer = u64::from(self.tokens_max.unwrap_or(answer_tokens));
+        prompt_estimate(body_bytes) + u64::from(self.choices) * answer
+    }
+}
+
+/// The same of the prompt alone.
+pub(crate) fn prompt_estimate(body_bytes: usize) -> u64 {
+    body_bytes as u64 / 4
 }
 
 fn broken(message: String) -> ApiError {
@@ -82,10 +105,13 @@ mod tests {
 
     #[test]
     fn what_the_edge_needs_is_read_and_the_rest_ignored() {
-        let wish = Wish::read(br#" {"messages":[{"x":[1]}],"model":"m\u0041","stream":true,"seed":0,"n":2} "#).unwrap();
-        assert_eq!(wish, Wish { model: Some("mA".into()), stream: true, seeded: true, choices: 2 });
-        let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many"}"#).unwrap();
-        assert_eq!(wish, Wish { model: None, stream: false, seeded: false, choices: 1 });
+        let wish =
+            Wish::read(br#" {"messages":[{"x":[1]}],"model":"m\u0041","stream":true,"seed":0,"n":2,"max_tokens":7} "#)
+                .unwrap();
+        let expected = Wish { model: Some("mA".into()), stream: true, seeded: true, choices: 2, tokens_max: Some(7) };
+        assert_eq!(wish, expected);
+        let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many","max_tokens":-1}"#).unwrap();
+        assert_eq!(wish, Wish { model: None, stream: false, seeded: false, choices: 1, tokens_max: None });
     }
 
     #[test]

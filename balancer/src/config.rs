@@ -21,6 +21,7 @@ use crate::{
     accept::Allowlist,
     audit::AuditConfig,
     auth::{Auth, UnixSeconds},
+    limits::Quotas,
     names::Certificates,
     policy::{self, Decision, Policies, Who},
     pool::Rules,
@@ -79,6 +80,8 @@ pub(crate) struct LimitsConfig {
     pub(crate) idle_timeout: Duration,
     /// Connections from one address at once.
     pub(crate) connections_per_address_max: usize,
+    /// How much each may have.
+    pub(crate) quotas: Quotas,
 }
 
 /// `[balancer.health]`.
@@ -354,6 +357,7 @@ impl LimitsConfig {
             body_timeout: r.duration_or("body_timeout", Duration::from_secs(30)),
             idle_timeout: r.duration_or("idle_timeout", Duration::from_secs(60)),
             connections_per_address_max: r.in_range("max_connections_per_address", 1..=1_000_000, 1024),
+            quotas: Quotas::read(r),
         }
     }
 }

@@ -15,10 +15,18 @@ use tokio::time::Instant;
 
 use crate::{
     auth::{Principal, UnixSeconds},
+    limits::Allowance,
     policy::{Policies, Who},
     proxied::Trusted,
     route::{self, Route},
 };
+
+/// What every answer carries.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stamp<'a> {
+    pub(crate) id: &'a RequestId,
+    pub(crate) allowance: Option<&'a Allowance>,
+}
 
 /// The frame of one request.
 #[derive(Debug, Clone)]
@@ -44,6 +52,8 @@ pub(crate) struct RequestCtx {
     pub(crate) started: Instant,
     /// The answer's `created`.
     pub(crate) created: UnixSeconds,
+    /// What the client has left of its limits.
+    pub(crate) allowance: Option<Box<Allowance>>,
 }
 
 impl RequestCtx {
@@ -76,11 +86,20 @@ impl RequestCtx {
 
     /// Who takes a share of a node with it: the key's owner, else the client's address, of IPv6 the network of one site.
     pub(crate) fn payer(&self) -> Option<Arc<str>> {
-        let of_address = |address: IpAddr| match address {
-            IpAddr::V4(address) => address.to_string().into(),
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).to_string().into(),
-        };
-        self.tenant().cloned().or_else(|| self.client.map(of_address))
+        self.tenant().cloned().or_else(|| self.network().map(|address| address.to_string().into()))
+    }
+
+    /// The client's address, of IPv6 the network of one site: who has one such network has all of its addresses.
+    pub(crate) fn network(&self) -> Option<IpAddr> {
+        self.client.map(|address| match address {
+            IpAddr::V4(_) => address,
+            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
+        })
+    }
+
+    /// What every answer to it carries.
+    pub(crate) fn stamp(&self) -> Stamp<'_> {
+        Stamp { id: &self.id, allowance: self.allowance.as_deref() }
     }
 
     /// The frame of the request whose head `session` has just read.
@@ -117,6 +136,7 @@ impl RequestCtx {
             policies: Arc::default(),
             started: Instant::now(),
             created: UnixSeconds::now(),
+            allowance: None,
         }
     }
 }

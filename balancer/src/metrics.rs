@@ -41,6 +41,10 @@ pub(crate) struct Metrics {
     pub(crate) audit_failing: IntGauge,
     /// Number of the newest audit record.
     pub(crate) audit_sequence: IntGauge,
+    /// Requests refused because somebody has used what it may, by whose limit and of what.
+    pub(crate) limited: IntCounterVec,
+    /// Keys, tenants and addresses whose use is counted.
+    pub(crate) limit_tabs: IntGauge,
     members: IntGaugeVec,
     panics: IntGaugeVec,
 }
@@ -70,6 +74,9 @@ impl Metrics {
             audit_failures: counter(r, "audit_failures_total", "attempts to write the audit log that failed"),
             audit_failing: gauge(r, "audit_failing", "1 while the audit log cannot be written"),
             audit_sequence: gauge(r, "audit_sequence", "number of the newest audit record"),
+            limited: counters(r, "rate_limited_total", "requests over a limit", &["scope", "kind"]),
+            limit_tabs: gauges(r, "rate_limit_entries", "keys, tenants and addresses counted", &[])
+                .with_label_values::<&str>(&[]),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
             panics: gauges(
                 r,
@@ -164,6 +171,7 @@ mod tests {
         metrics.retries.with_label_values(&["connect"]).inc();
         metrics.resumes.with_label_values(&["ended"]).inc();
         metrics.refused("allowlist").inc();
+        metrics.limited.with_label_values(&["key", "tokens"]).inc();
         metrics.reloads.with_label_values(&["applied"]).inc();
         metrics.audit_records.with_label_values(&["request"]).inc();
         let text = String::from_utf8(metrics.render()).unwrap();
@@ -178,6 +186,8 @@ mod tests {
         tidegate_connections_refused_total
         tidegate_open_requests
         tidegate_open_streams
+        tidegate_rate_limit_entries
+        tidegate_rate_limited_total
         tidegate_reloads_total
         tidegate_request_duration_seconds
         tidegate_requests_total

@@ -29,7 +29,7 @@ use crate::{
     discover::Discover,
     drain::OpenRequests,
     health::Prober,
-    limits::Places,
+    limits::{Limits, Places},
     live::{self, Current, Live},
     metrics::Metrics,
     pool::PoolView,
@@ -239,6 +239,7 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
     let edge = Edge {
         live: Arc::clone(live),
         places: Places::default(),
+        limits: Arc::new(Limits::new(metrics)),
         metrics: Arc::clone(metrics),
         books: Arc::clone(books),
         open: Arc::clone(open),

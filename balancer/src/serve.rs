@@ -23,10 +23,10 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::{
     answer::{self, Answer},
     auth::UnixSeconds,
-    body::Wish,
+    body::{self, Wish},
     ctx::RequestCtx,
     drain::OpenRequests,
-    limits::{self, BodyError, Places},
+    limits::{self, Account, BodyError, Limits, Places},
     live::{Current, Live},
     metrics::{self, Metrics},
     policy,
@@ -46,6 +46,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 pub(crate) struct Edge {
     pub(crate) live: Current,
     pub(crate) places: Places,
+    pub(crate) limits: Arc<Limits>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) books: Arc<Books>,
     pub(crate) open: Arc<OpenRequests>,
@@ -130,7 +131,7 @@ impl Edge {
         };
         let mut record = Record::new(&self.books, RequestCtx::of_unread(session));
         record.refused(&error);
-        let _ = answer::refuse_unread(session, &record.ctx.id, &error).await;
+        let _ = answer::refuse_unread(session, record.ctx.stamp(), &error).await;
         session.shutdown().await;
         false
     }
@@ -171,6 +172,7 @@ impl Edge {
         if route == Ok(Route::Health) {
             return Ok(self.health(live, session, record).await);
         }
+        self.limits.knock(&limits.quotas, &mut record.ctx)?;
         if let Some(auth) = &live.config.auth {
             let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now()).await?);
             if let Ok(route) = route {
@@ -184,11 +186,14 @@ impl Edge {
             }
         }
         let _place = self.places.enter(limits.concurrent_requests_max)?;
-        match route? {
+        let route = route?;
+        let is_generation = matches!(route, Route::Generation(_));
+        let account = self.limits.enter(is_generation, &limits.quotas, &mut record.ctx)?;
+        match route {
             Route::Health => Ok(self.health(live, session, record).await),
             Route::Models => Ok(self.models(live, session, record).await),
             Route::Document(path) => document(live, path, session, record).await,
-            Route::Generation(path) => generate(live, path, session, record).await,
+            Route::Generation(path) => generate(live, path, session, record, account).await,
             // whoever could ask without a credential is nobody that may see it
             Route::Private(path) if record.ctx.principal.is_none() => Err(route::unknown(path)),
             Route::Private(paths::METRICS) => Ok(self.figures(session, record).await),
@@ -220,7 +225,7 @@ impl Edge {
         record.answered(200);
         let body = Bytes::from(self.metrics.render());
         let answer = Answer { media_type: metrics::MEDIA_TYPE.into(), ..Answer::json(200, body) };
-        answer::write(session, &record.ctx.id, None, answer).await.into()
+        answer::write(session, record.ctx.stamp(), None, answer).await.into()
     }
 
     async fn finish(&self, mut session: ServerSession, ended: Ended) -> Option<ReusedHttpStream> {
@@ -240,7 +245,9 @@ async fn generate(
     path: &'static str,
     session: &mut ServerSession,
     record: &mut Record,
+    mut account: Account,
 ) -> Result<Ended, ApiError> {
+    let quotas = &live.config.limits.quotas;
     let body = match limits::read_body(session, &live.config.limits).await {
         Ok(body) => body,
         Err(BodyError::Refused(error)) => return Err(error),
@@ -251,7 +258,21 @@ async fn generate(
     };
     record.asked(&body);
     let wish = Wish::read(&body)?;
-    Ok(live.relay.carry(session, record, &Generation::new(path, body, &wish)).await)
+    let body_bytes = body.len();
+    account.reserve(wish.tokens_estimate(body_bytes, quotas.answer_tokens), quotas, &mut record.ctx)?;
+    let ended = live.relay.carry(session, record, &Generation::new(path, body, &wish)).await;
+    account.settle(tokens_used(record, body_bytes));
+    Ok(ended)
+}
+
+/// Tokens of the prompt and of the answer; what nobody has counted is estimated, and what came to nothing costs nothing.
+fn tokens_used(record: &Record, body_bytes: usize) -> u64 {
+    let prompt = match record.prompt_tokens {
+        Some(tokens) => tokens.into(),
+        None if record.tokens > 0 || record.reason == "ok" => body::prompt_estimate(body_bytes),
+        None => 0,
+    };
+    prompt + record.tokens as u64
 }
 
 /// Refuses a client that a proxy of ours forwards and that may not come in.
@@ -290,10 +311,10 @@ async fn document(
 async fn write_json(session: &mut ServerSession, record: &mut Record, status: u16, body: &serde_json::Value) -> Ended {
     record.answered(status);
     let answer = Answer::json(status, Bytes::from(body.to_string()));
-    answer::write(session, &record.ctx.id, None, answer).await.into()
+    answer::write(session, record.ctx.stamp(), None, answer).await.into()
 }
 
 async fn refuse(session: &mut ServerSession, record: &mut Record, error: &ApiError) -> Ended {
     record.refused(error);
-    answer::refuse(session, &record.ctx.id, error).await.into()
+    answer::refuse(session, record.ctx.stamp(), error).await.into()
 }

@@ -17,6 +17,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::events;
 use crate::{
     answer::{self, Answer},
+    ctx::{RequestCtx, Stamp},
+    limits::Allowance,
     serve::Ended,
 };
 
@@ -33,6 +35,7 @@ pub(crate) enum Interrupt {
 pub(crate) struct Client<'a> {
     session: &'a mut ServerSession,
     id: RequestId,
+    allowance: Option<Box<Allowance>>,
     deadline: Pin<Box<Sleep>>,
     wants_stream: bool,
     begun: bool,
@@ -42,9 +45,10 @@ pub(crate) struct Client<'a> {
 }
 
 impl<'a> Client<'a> {
-    pub(crate) fn new(session: &'a mut ServerSession, wants_stream: bool, id: RequestId, deadline: Instant) -> Self {
+    pub(crate) fn new(session: &'a mut ServerSession, wants_stream: bool, ctx: &RequestCtx, deadline: Instant) -> Self {
         let deadline = Box::pin(sleep_until(deadline));
-        Self { session, id, deadline, wants_stream, begun: false, has_data: false, last: None }
+        let (id, allowance) = (ctx.id.clone(), ctx.allowance.clone());
+        Self { session, id, allowance, deadline, wants_stream, begun: false, has_data: false, last: None }
     }
 
     /// Whether the head of the answer is out, so that what goes wrong can no longer change it.
@@ -97,7 +101,8 @@ impl<'a> Client<'a> {
     }
 
     async fn write_head(&mut self, node: &NodeId) -> pingora::Result<()> {
-        let mut head = answer::head(200, event::CONTENT_TYPE, &self.id, Some(node))?;
+        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        let mut head = answer::head(200, event::CONTENT_TYPE, stamp, Some(node))?;
         head.insert_header(header::CACHE_CONTROL, "no-cache")?;
         if self.session.req_header().version == Version::HTTP_11 {
             head.insert_header(header::TRANSFER_ENCODING, "chunked")?;
@@ -115,18 +120,21 @@ impl<'a> Client<'a> {
             return self.session.write_response_body(Bytes::new(), true).await;
         }
         let body = self.last.take().unwrap_or_default();
-        answer::write(self.session, &self.id, Some(node), Answer::json(200, body)).await
+        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        answer::write(self.session, stamp, Some(node), Answer::json(200, body)).await
     }
 
     /// Passes a whole answer on.
     pub(crate) async fn answer(self, node: Option<&NodeId>, answer: Answer) -> pingora::Result<()> {
-        answer::write(self.session, &self.id, node, answer).await
+        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        answer::write(self.session, stamp, node, answer).await
     }
 
     /// Ends with an error: as the whole answer, or as the last event of a stream that has begun.
     pub(crate) async fn fail(self, error: &ApiError) -> Ended {
         if !self.begun {
-            return answer::refuse(self.session, &self.id, error).await.into();
+            let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+            return answer::refuse(self.session, stamp, error).await.into();
         }
         let body = error.to_json_at(self.session.req_header().uri.path());
         self.end_with(body).await

@@ -3,7 +3,7 @@
 
 use tidegate_common::{contract::Resume, ids::Fingerprint};
 
-use crate::body::CHOICES_MAX;
+use crate::{body::CHOICES_MAX, record::Record};
 
 /// Most tokens remembered for one request, a megabyte; a longer stream goes on but can no longer change its node.
 pub(crate) const TOKENS_MAX: usize = 1 << 18;
@@ -18,6 +18,8 @@ pub(crate) struct Delivered {
     by: Option<Fingerprint>,
     /// How long the prompt is, once a node has said so.
     prompt_tokens: Option<u32>,
+    /// Events of a foreign upstream, each of which has a token or so.
+    foreign_events: usize,
 }
 
 /// The node's count of tokens is not ours: going on would lose or double some.
@@ -27,13 +29,13 @@ pub(crate) struct OutOfStep;
 impl Delivered {
     /// Counts, and remembers nothing.
     pub(crate) fn counting() -> Self {
-        Self { choices: Vec::new(), total: 0, overflowed: true, by: None, prompt_tokens: None }
+        Self { choices: Vec::new(), total: 0, overflowed: true, by: None, prompt_tokens: None, foreign_events: 0 }
     }
 
     /// Nothing yet, of this many choices.
     pub(crate) fn new(choices: u32) -> Self {
         let choices = vec![Vec::new(); choices.min(CHOICES_MAX) as usize];
-        Self { choices, total: 0, overflowed: false, by: None, prompt_tokens: None }
+        Self { choices, total: 0, overflowed: false, by: None, prompt_tokens: None, foreign_events: 0 }
     }
 
     /// An event with these tokens has passed.
@@ -74,9 +76,15 @@ impl Delivered {
         self.prompt_tokens = Some(tokens);
     }
 
-    /// How long the prompt is, where a node has said so.
-    pub(crate) fn prompt_tokens(&self) -> Option<u32> {
-        self.prompt_tokens
+    /// Events of a foreign upstream have passed.
+    pub(crate) fn passed_abroad(&mut self, events: usize) {
+        self.foreign_events += events;
+    }
+
+    /// Notes what is known of the tokens so far.
+    pub(crate) fn tell(&self, record: &mut Record) {
+        record.tokens = self.total + self.foreign_events;
+        record.prompt_tokens = self.prompt_tokens;
     }
 
     /// Which nodes could go on, as far as that is known.

@@ -5,6 +5,7 @@
 
 use bytes::{Bytes, BytesMut};
 use pingora::http::RequestHeader;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use tidegate_common::contract::{event, paths};
 
@@ -13,7 +14,7 @@ use super::{
     events::{EVENT_BYTES_MAX, Events, Malformed, Passed, Tail},
     request::{Generation, NodeRequest, Silence},
 };
-use crate::upstreams::Foreign;
+use crate::{answer::Answer, record::Record, upstreams::Foreign};
 
 /// Fields that begin so are Tidegate's own.
 const OWN_FIELDS: &str = "tidegate_";
@@ -79,7 +80,11 @@ impl Cutter {
     pub(super) fn push(&mut self, chunk: &[u8], delivered: &mut Delivered) -> Result<Passed, Malformed> {
         match self {
             Self::Ours(events) => events.push(chunk, delivered),
-            Self::Theirs(whole) => whole.push(chunk),
+            Self::Theirs(whole) => {
+                let passed = whole.push(chunk);
+                delivered.passed_abroad(std::mem::take(&mut whole.events));
+                passed
+            }
         }
     }
 }
@@ -95,6 +100,8 @@ pub(super) struct Whole {
     seen: usize,
     /// Whether the unfinished event is the last one.
     is_last: bool,
+    /// Data of this read.
+    events: usize,
 }
 
 impl Whole {
@@ -109,6 +116,7 @@ impl Whole {
             };
             let line = self.rest[self.line_at..end].trim_ascii_end();
             self.is_last |= is_last(line);
+            self.events += usize::from(line.starts_with(b"data:") && !self.is_last);
             if line.is_empty() {
                 finished = end;
                 tail = self.is_last.then_some(Tail::End);
@@ -120,6 +128,26 @@ impl Whole {
         self.seen -= finished;
         if self.rest.len() > EVENT_BYTES_MAX { Err(Malformed) } else { Ok(Passed { bytes, tail }) }
     }
+}
+
+/// Notes what a whole answer says of its tokens, in any of the APIs' words.
+pub(super) fn tell_usage(answer: &Answer, record: &mut Record) {
+    let Ok(RawAnswer { usage }) = serde_json::from_slice(&answer.body) else { return };
+    record.prompt_tokens = usage.prompt_tokens.or(usage.input_tokens);
+    record.tokens = usage.completion_tokens.or(usage.output_tokens).unwrap_or(0) as usize;
+}
+
+#[derive(Deserialize)]
+struct RawAnswer {
+    usage: RawUsage,
+}
+
+#[derive(Deserialize)]
+struct RawUsage {
+    prompt_tokens: Option<u32>,
+    input_tokens: Option<u32>,
+    completion_tokens: Option<u32>,
+    output_tokens: Option<u32>,
 }
 
 /// Whether a line says that its event is the last: of chat and completions, of responses, of messages.

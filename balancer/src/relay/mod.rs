@@ -241,7 +241,7 @@ impl Relay {
     ) -> Ended {
         let _open = record.open_stream();
         let deadline = record.ctx.started + self.rules.request_timeout;
-        let mut client = Client::new(session, generation.stream, record.ctx.id.clone(), deadline);
+        let mut client = Client::new(session, generation.stream, &record.ctx, deadline);
         let mut journey = Journey::new(generation.choices);
         if self.rules.resumes_max == 0 {
             journey.delivered = Delivered::counting();
@@ -257,7 +257,7 @@ impl Relay {
             let asked = Instant::now();
             let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
             record.upstream += asked.elapsed();
-            (record.tokens, record.prompt_tokens) = (journey.delivered.total(), journey.delivered.prompt_tokens());
+            journey.delivered.tell(record);
             match end {
                 LegEnd::Done => {
                     record.answered(200);
@@ -266,7 +266,12 @@ impl Relay {
                 LegEnd::Answered(answer) if client.has_begun() => {
                     return break_off(client, record, &journey, &answer).await;
                 }
-                LegEnd::Answered(answer) => return pass_on(client, record, &target.id, answer).await,
+                LegEnd::Answered(answer) => {
+                    if target.foreign.is_some() {
+                        foreign::tell_usage(&answer, record);
+                    }
+                    return pass_on(client, record, &target.id, answer).await;
+                }
                 LegEnd::Busy(answer) => {
                     let loss = if answer.status == FULL { Loss::Full } else { Loss::Busy };
                     journey.busy = Some((target.id.clone(), answer));

@@ -15,3 +15,4 @@ mod foreign;
 mod pool;
 mod transport;
 mod audit;
+mod limits;

@@ -10,7 +10,7 @@ use std::{
 
 use pingora::listeners::tls::Acceptor;
 use serde_json::{Value, json};
-use tidegate_balancer::{Balancer, BalancerConfig, admin::Members};
+use tidegate_balancer::{Balancer, BalancerConfig, Reloads, admin::Members};
 use tidegate_common::{
     config::{ClusterConfig, Raw},
     contract::{EventId, NodeRecord, event},
@@ -328,6 +328,8 @@ pub(crate) struct House {
     pub(crate) registry: Arc<MemoryRegistry>,
     pub(crate) news: mpsc::UnboundedReceiver<News>,
     pub(crate) client: reqwest::Client,
+    /// Gives it new readings of its configuration.
+    pub(crate) reloads: Reloads,
     trigger: Option<Trigger>,
     thread: Option<JoinHandle<()>>,
 }
@@ -425,11 +427,22 @@ impl House {
         nodes.extend(upstreams);
         let balancer = Balancer::bind(config).unwrap();
         let (address, admin) = (balancer.listen_addresses()[0], balancer.admin_address().unwrap());
+        let reloads = balancer.reloads();
         let (trigger, stop) = shutdown::channel();
         let store: Arc<dyn Registry> = Arc::clone(&registry) as _;
         let thread = std::thread::spawn(move || balancer.run(&cluster, store, stop).unwrap());
         let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        Self { address, admin, nodes, registry, news, client, trigger: Some(trigger), thread: Some(thread) }
+        Self { address, admin, nodes, registry, news, client, reloads, trigger: Some(trigger), thread: Some(thread) }
+    }
+
+    /// Puts `sections` in force behind what every house has.
+    pub(crate) async fn reload(&self, sections: &str) {
+        let raw = Raw::from_toml(&format!("{BASE}{sections}"), "t").unwrap();
+        let before = self.metrics().await;
+        self.reloads.give(raw.check(BalancerConfig::read)).await;
+        while self.metrics().await == before {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
     }
 
     pub(crate) fn url(&self, path: &str) -> String {

@@ -1,12 +1,6 @@
-//! What a client may make the edge hold: the size and pace of head and body, and a place among the requests in flight.
+//! What a client may make the edge hold of one request: the size and pace of its head and its body.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
-    time::Duration,
-};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
@@ -21,35 +15,6 @@ use crate::config::LimitsConfig;
 
 /// How long an early refusal goes on reading what the client still sends, so that the client can read the refusal.
 const LINGER: Duration = Duration::from_secs(5);
-
-/// Counts the requests in flight.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Places(Arc<AtomicUsize>);
-
-/// A place among the requests in flight, held until the last byte of the answer.
-#[derive(Debug)]
-pub(crate) struct Place(Arc<AtomicUsize>);
-
-impl Places {
-    /// A place, where fewer than `places_max` are taken.
-    pub(crate) fn enter(&self, places_max: usize) -> Result<Place, ApiError> {
-        match self.0.fetch_update(SeqCst, SeqCst, |taken| (taken < places_max).then_some(taken + 1)) {
-            Ok(_) => Ok(Place(Arc::clone(&self.0))),
-            Err(_) => Err(ApiError::new(
-                ErrorKind::Unavailable,
-                "overloaded",
-                "too many requests at once (balancer.limits.max_concurrent_requests)",
-            )
-            .with_retry_after(Duration::from_secs(1))),
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
-    }
-}
 
 /// Judges a request's head: its size, and whether its framing has one meaning only.
 pub(crate) fn check_head(session: &ServerSession, limits: &LimitsConfig) -> Result<(), ApiError> {
@@ -152,18 +117,5 @@ mod tests {
         let raw = b"POST / HTTP/1.1\r\nhost: x\r\nCoNtEnT-LeNgTh: 3\r\n\r\n";
         assert!(has_line(raw, b"content-length:"));
         assert!(!has_line(b"GET / HTTP/1.1\r\nx: content-length: 1\r\n\r\n", b"content-length:"));
-    }
-
-    #[test]
-    fn a_place_comes_back_when_it_is_dropped() {
-        let places = Places::default();
-        let place = places.enter(1).unwrap();
-        let refusal = places.enter(1).unwrap_err();
-        assert_eq!((refusal.status(), refusal.retry_after_s()), (503, Some(1)));
-        let second = places.enter(2).unwrap();
-        drop(place);
-        assert!(places.enter(1).is_err(), "the bound was lowered meanwhile");
-        drop(second);
-        assert!(places.enter(1).is_ok());
     }
 }

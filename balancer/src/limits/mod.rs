@@ -1,0 +1,19 @@
+//! How much: what a client may make the edge hold and do, and what it is told when that is reached.
+//!
+//! `intake` bounds one request's head and body, `places` all requests at once. `quota` is how much each key, tenant, address and everybody
+//! together may have, `rate` the arithmetic of it, `ledger` who has used what. An `account` is one request's: it takes what the request
+//! needs and gives back what is left, by `Drop` where it must. `allowance` tells clients what they have left.
+
+mod intake;
+mod places;
+mod quota;
+mod rate;
+mod ledger;
+mod account;
+mod allowance;
+
+pub(crate) use account::{Account, Limits};
+pub(crate) use allowance::Allowance;
+pub(crate) use intake::{BodyError, check_head, linger, read_body};
+pub(crate) use places::Places;
+pub(crate) use quota::Quotas;
