@@ -67,6 +67,10 @@ pub(crate) async fn refuse(session: &mut ServerSession, stamp: Stamp<'_>, error:
     let body = error.to_json_at(session.req_header().uri.path());
     whole(session, head, body.to_string().into()).await?;
     if !session.is_body_done() {
+        if session.as_http1().is_some() && session.get_keepalive().is_none() {
+            // nothing more will be said, and the client need not wait to know
+            session.shutdown().await;
+        }
         limits::linger(session).await;
     }
     Ok(())

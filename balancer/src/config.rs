@@ -21,7 +21,7 @@ use crate::{
     accept::Allowlist,
     audit::AuditConfig,
     auth::{Auth, UnixSeconds},
-    limits::Quotas,
+    limits::{DoorsConfig, Quotas},
     names::Certificates,
     policy::{self, Decision, Policies, Who},
     pool::Rules,
@@ -78,6 +78,10 @@ pub(crate) struct LimitsConfig {
     pub(crate) body_timeout: Duration,
     /// How long a kept-alive connection may stay silent.
     pub(crate) idle_timeout: Duration,
+    /// From a piece of an answer to the next that the client takes.
+    pub(crate) write_timeout: Duration,
+    /// Who may come, and how often.
+    pub(crate) doors: DoorsConfig,
     /// Connections from one address at once.
     pub(crate) connections_per_address_max: usize,
     /// How much each may have.
@@ -348,6 +352,7 @@ fn read_clients(r: &Reader<'_>) -> Option<Clients> {
 
 impl LimitsConfig {
     fn read(r: &Reader<'_>) -> Self {
+        let quotas = Quotas::read(r);
         Self {
             body_bytes_max: read_size(r, "max_body", ByteSize::mib(8)),
             headers_max: r.in_range("max_headers", 1..=256, 100),
@@ -356,8 +361,10 @@ impl LimitsConfig {
             header_timeout: r.duration_or("header_timeout", Duration::from_secs(10)),
             body_timeout: r.duration_or("body_timeout", Duration::from_secs(30)),
             idle_timeout: r.duration_or("idle_timeout", Duration::from_secs(60)),
+            write_timeout: r.duration_or("write_timeout", Duration::from_secs(30)),
+            doors: DoorsConfig::read(r, quotas.tracked_max),
             connections_per_address_max: r.in_range("max_connections_per_address", 1..=1_000_000, 1024),
-            quotas: Quotas::read(r),
+            quotas,
         }
     }
 }

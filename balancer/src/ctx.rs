@@ -89,12 +89,9 @@ impl RequestCtx {
         self.tenant().cloned().or_else(|| self.network().map(|address| address.to_string().into()))
     }
 
-    /// The client's address, of IPv6 the network of one site: who has one such network has all of its addresses.
+    /// The client's address, as limits count it.
     pub(crate) fn network(&self) -> Option<IpAddr> {
-        self.client.map(|address| match address {
-            IpAddr::V4(_) => address,
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
-        })
+        self.client.map(network)
     }
 
     /// What every answer to it carries.
@@ -138,5 +135,13 @@ impl RequestCtx {
             created: UnixSeconds::now(),
             allowance: None,
         }
+    }
+}
+
+/// The address that limits count: of IPv6 the network of one site, since who has one has all of its addresses.
+pub(crate) fn network(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => address,
+        IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
     }
 }

@@ -29,7 +29,7 @@ use crate::{
     discover::Discover,
     drain::OpenRequests,
     health::Prober,
-    limits::{Limits, Places},
+    limits::{Doors, Limits, Places},
     live::{self, Current, Live},
     metrics::Metrics,
     pool::PoolView,
@@ -236,7 +236,9 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
     let Books { live, metrics, .. } = &**books;
     let mut options = HttpServerOptions::default();
     options.h2_idle_timeout = Some(live.load().config.limits.idle_timeout);
+    let doors = Arc::new(Doors::new());
     let edge = Edge {
+        doors: Arc::clone(&doors),
         live: Arc::clone(live),
         places: Places::default(),
         limits: Arc::new(Limits::new(metrics)),
@@ -250,8 +252,9 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
         address: metrics.refused("allowlist"),
         per_address: metrics.refused("per_address"),
         handshake: metrics.refused("handshake"),
+        doors: metrics.refused.clone(),
     };
-    let secured = Secured::new(Arc::new(edge), Arc::clone(live), Arc::clone(open), refused);
+    let secured = Secured::new(Arc::new(edge), Arc::clone(live), doors, Arc::clone(open), refused);
     let mut service = Service::new("edge".into(), secured);
     service.set_connection_filter(Arc::new(Gate { live: Arc::clone(live), refused: metrics.refused("allowlist") }));
     service

@@ -3,7 +3,7 @@
 //! What HTTP leaves open is closed here and in `limits`: total deadlines instead of those per read, one meaning of a body's length,
 //! answers in the API's own error shape.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,17 +26,16 @@ use crate::{
     body::{self, Wish},
     ctx::RequestCtx,
     drain::OpenRequests,
-    limits::{self, Account, BodyError, Limits, Places},
+    limits::{self, Account, BodyError, Doors, Limits, Places},
     live::{Current, Live},
     metrics::{self, Metrics},
     policy,
     record::{Books, Record},
     relay::Generation,
     route::{self, Route},
+    strict,
 };
 
-/// How long a client may take to read a small answer.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection without a request stays at the end.
 const LINGER: Duration = Duration::from_millis(500);
 /// How long unread rest of a body may take before a connection is kept.
@@ -47,6 +46,7 @@ pub(crate) struct Edge {
     pub(crate) live: Current,
     pub(crate) places: Places,
     pub(crate) limits: Arc<Limits>,
+    pub(crate) doors: Arc<Doors>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) books: Arc<Books>,
     pub(crate) open: Arc<OpenRequests>,
@@ -69,6 +69,9 @@ impl From<pingora::Result<()>> for Ended {
     }
 }
 
+/// Bytes of one HTTP/2 stream's answer that may wait for the client to read.
+const H2_SEND_BUFFER: usize = 64 << 10;
+
 /// Marks a connection that has carried a request before.
 struct Reused;
 
@@ -80,7 +83,7 @@ impl HttpServerApp for Edge {
         shutdown: &ShutdownWatch,
     ) -> Option<ReusedHttpStream> {
         session.set_pipelining_enabled(true);
-        session.set_write_timeout(Some(WRITE_TIMEOUT));
+        session.set_write_timeout(Some(self.live.load().config.limits.write_timeout));
         session.set_total_drain_timeout(Some(DRAIN_TIMEOUT));
         if !self.read_head(&mut session, shutdown.clone()).await {
             return None;
@@ -96,9 +99,13 @@ impl HttpServerApp for Edge {
     }
 
     fn h2_options(&self) -> Option<H2Options> {
+        let live = self.live.load();
+        let limits = &live.config.limits;
         let mut options = default_h2_options();
         options
-            .max_header_list_size(u32::try_from(self.live.load().config.limits.header_bytes_max).unwrap_or(u32::MAX));
+            .max_header_list_size(u32::try_from(limits.header_bytes_max).unwrap_or(u32::MAX))
+            .max_concurrent_streams(limits.doors.streams_max)
+            .max_send_buffer_size(H2_SEND_BUFFER);
         Some(options)
     }
 
@@ -145,9 +152,10 @@ impl Edge {
     }
 
     async fn handle(&self, session: &mut ServerSession) -> Ended {
+        let judged = strict::judge(session);
         let live = self.live.load_full();
         let mut record = Record::new(&self.books, RequestCtx::of(session, &live.config.trusted));
-        let outcome = match record.admit() {
+        let outcome = match judged.and_then(|()| record.admit()) {
             Ok(()) => self.stages(&live, session, &mut record).await,
             Err(error) => Err(error),
         };
@@ -228,8 +236,19 @@ impl Edge {
         answer::write(session, record.ctx.stamp(), None, answer).await.into()
     }
 
+    /// A client took its request back.
+    fn note_reset(&self, peer: SocketAddr) {
+        if self.doors.was_reset(peer, &self.live.load().config.limits.doors) {
+            self.metrics.refused("resets").inc();
+        }
+    }
+
     async fn finish(&self, mut session: ServerSession, ended: Ended) -> Option<ReusedHttpStream> {
         if ended == Ended::ClientGone {
+            let peer = session.client_addr().and_then(|address| address.as_inet()).copied();
+            if let Some(peer) = peer.filter(|_| session.as_http2().is_some()) {
+                self.note_reset(peer);
+            }
             session.shutdown().await;
             return None;
         }

@@ -2,7 +2,10 @@
 //!
 //! Pingora's own TLS listener always offers TLS 1.2 as well, so its listener runs plain here and the handshake is made on top.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use async_trait::async_trait;
 use pingora::{
@@ -10,7 +13,7 @@ use pingora::{
     protocols::{GetSocketDigest, Stream, l4::stream::Stream as TcpStream, tls::server::handshake_with_callback},
     server::ShutdownWatch,
 };
-use prometheus::IntCounter;
+use prometheus::{IntCounter, IntCounterVec};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -18,6 +21,7 @@ use crate::{
     accept::Connections,
     auth::ReadCertificate,
     drain::OpenRequests,
+    limits::Doors,
     live::{Current, Live},
     proxied,
 };
@@ -27,6 +31,7 @@ pub(crate) struct Secured<A> {
     inner: Arc<A>,
     live: Current,
     connections: Arc<Connections>,
+    doors: Arc<Doors>,
     open: Arc<OpenRequests>,
     refused: Refused,
 }
@@ -36,11 +41,19 @@ pub(crate) struct Refused {
     pub(crate) address: IntCounter,
     pub(crate) per_address: IntCounter,
     pub(crate) handshake: IntCounter,
+    /// By the word for why.
+    pub(crate) doors: IntCounterVec,
 }
 
 impl<A> Secured<A> {
-    pub(crate) fn new(inner: Arc<A>, live: Current, open: Arc<OpenRequests>, refused: Refused) -> Self {
-        Self { inner, live, connections: Arc::default(), open, refused }
+    pub(crate) fn new(
+        inner: Arc<A>,
+        live: Current,
+        doors: Arc<Doors>,
+        open: Arc<OpenRequests>,
+        refused: Refused,
+    ) -> Self {
+        Self { inner, live, connections: Arc::default(), doors, open, refused }
     }
 
     async fn secure(&self, live: &Live, stream: Box<TcpStream>) -> Option<Stream> {
@@ -56,8 +69,12 @@ impl<A> Secured<A> {
     }
 }
 
+fn peer_of(stream: &TcpStream) -> Option<SocketAddr> {
+    Some(*stream.get_socket_digest()?.peer_addr()?.as_inet()?)
+}
+
 fn ip_of(stream: &TcpStream) -> Option<IpAddr> {
-    Some(stream.get_socket_digest()?.peer_addr()?.as_inet()?.ip().to_canonical())
+    Some(peer_of(stream)?.ip().to_canonical())
 }
 
 #[async_trait]
@@ -76,8 +93,13 @@ impl<A: ServerApp + Send + Sync + 'static> ServerApp for Secured<A> {
             self.refused.per_address.inc();
             return None;
         };
+        let inhabitant = self.doors.enter(peer_of(&stream)?, &live.config.limits.doors);
+        let inhabitant = inhabitant.map_err(|why| self.refused.doors.with_label_values(&[why.as_str()]).inc()).ok()?;
         let stream = self.secure(&live, stream).await?;
         drop((coming, live)); // each request has its own
-        self.inner.process_new(stream, shutdown).await
+        tokio::select! {
+            kept = self.inner.process_new(stream, shutdown) => kept,
+            () = inhabitant.cut() => None,
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, EXPECT, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, EXPECT};
 use pingora::{
     ErrorType::{ConnectionClosed, H2Error, ReadError, ReadTimedout},
     protocols::http::ServerSession,
@@ -16,30 +16,22 @@ use crate::config::LimitsConfig;
 /// How long an early refusal goes on reading what the client still sends, so that the client can read the refusal.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// Judges a request's head: its size, and whether its framing has one meaning only.
+/// Judges a request's head by its size.
 pub(crate) fn check_head(session: &ServerSession, limits: &LimitsConfig) -> Result<(), ApiError> {
     let headers = &session.req_header().headers;
     if headers.len() > limits.headers_max {
         return Err(bad_head("too_many_headers", "too many header lines (balancer.limits.max_headers)"));
     }
-    let Some(h1) = session.as_http1() else { return Ok(()) }; // h2 bounds its list and has no second framing
+    let Some(h1) = session.as_http1() else { return Ok(()) }; // h2 bounds its list itself
     let raw = h1.get_headers_raw_bytes();
     if raw.len() > limits.header_bytes_max {
         return Err(bad_head("headers_too_large", "the header is too large (balancer.limits.max_header_bytes)"));
-    }
-    if headers.contains_key(TRANSFER_ENCODING) && has_line(&raw, b"content-length:") {
-        return Err(bad_head("ambiguous_framing", "content-length and transfer-encoding contradict each other"));
     }
     Ok(())
 }
 
 fn bad_head(code: &'static str, message: &str) -> ApiError {
     ApiError::new(ErrorKind::InvalidRequest, code, message)
-}
-
-/// Whether a line of the raw head begins so; Pingora has dropped the header itself by the time it is parsed.
-fn has_line(raw: &[u8], name: &[u8]) -> bool {
-    raw.split(|b| *b == b'\n').any(|line| line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name)))
 }
 
 /// Why there is no body.
@@ -86,10 +78,15 @@ async fn collect(session: &mut ServerSession, limits: &LimitsConfig) -> Result<B
 }
 
 async fn next_part(session: &mut ServerSession) -> Result<Option<Bytes>, BodyError> {
-    session.read_request_body().await.map_err(|e| match e.etype() {
+    let read = session.read_request_body().await;
+    read.map_err(|e| match e.etype() {
         ConnectionClosed | ReadError | H2Error => BodyError::ClientGone,
         ReadTimedout => too_slow().into(),
-        _ => bad_head("malformed_body", "the body's framing is broken").into(),
+        _ => {
+            // where it ends nobody knows, so nothing that follows may be read as a request
+            session.set_keepalive(None);
+            bad_head("malformed_body", "the body's framing is broken").into()
+        }
     })
 }
 
@@ -106,16 +103,4 @@ fn too_slow() -> ApiError {
 pub(crate) async fn linger(session: &mut ServerSession) {
     session.set_total_drain_timeout(Some(LINGER));
     let _ = session.drain_request_body().await;
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_line_is_found_whatever_its_case_and_only_at_its_start() {
-        let raw = b"POST / HTTP/1.1\r\nhost: x\r\nCoNtEnT-LeNgTh: 3\r\n\r\n";
-        assert!(has_line(raw, b"content-length:"));
-        assert!(!has_line(b"GET / HTTP/1.1\r\nx: content-length: 1\r\n\r\n", b"content-length:"));
-    }
 }

@@ -1,12 +1,16 @@
 //! How much each may have: who is over is told so, in the headers that clients know, and nobody else notices.
 
-use std::os::unix::fs::PermissionsExt;
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    os::unix::fs::PermissionsExt,
+};
 
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 use tidegate_common::contract::{EventId, event};
 
-use crate::support::{Act, CHAT, House, chat, end, texts, tokens};
+use crate::support::{Act, CHAT, House, chat, end, raw, texts, tokens};
 
 /// A file of two keys, `one` of alice and `two` of bob, which has limits of its own.
 fn keys() -> NamedTempFile {
@@ -188,4 +192,54 @@ async fn balancers_share_what_the_configuration_grants() {
         assert_eq!(ask(&house, "", &chat(false)).await.number("x-ratelimit-remaining-requests"), left);
     }
     assert_eq!(ask(&house, "", &chat(false)).await.status, 429);
+}
+
+/// A request that leaves its connection open.
+const HEALTH: &[u8] = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+
+/// A connection that has been served once.
+fn held(house: &House) -> TcpStream {
+    let mut stream = TcpStream::connect(house.address).unwrap();
+    stream.write_all(HEALTH).unwrap();
+    stream.read_exact(&mut [0; 12]).unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn connections_are_bounded_over_all_addresses() {
+    let house = House::with(1, "[balancer.limits]\nmax_connections = 2").await;
+    let (first, _second) = (held(&house), held(&house));
+    assert_eq!(raw(house.address, HEALTH).await, "");
+    assert!(house.metrics().await.contains("tidegate_connections_refused_total{reason=\"max_connections\"} 1"));
+    drop(first);
+    let closing = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    while !raw(house.address, closing).await.starts_with("HTTP/1.1 200") {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn an_address_may_not_open_connections_too_fast() {
+    let house = House::with(1, "[balancer.limits]\nnew_connections_per_second_per_address = 0.01").await;
+    let mut open = held(&house);
+    assert_eq!(raw(house.address, HEALTH).await, "");
+    assert!(house.metrics().await.contains("reason=\"new_connections\"} 1"));
+    open.write_all(HEALTH).unwrap();
+    assert_ne!(open.read(&mut [0; 9]).unwrap(), 0, "the one that is open is served on");
+}
+
+#[tokio::test]
+async fn who_does_not_read_its_stream_loses_it() {
+    let house = House::with(1, "[balancer.limits]\nwrite_timeout = \"200ms\"").await;
+    let large = "x".repeat(1 << 20);
+    let pieces = (0..64).map(|i| tokens(i, &[i], &large));
+    house.nodes[0].script([Act::Head].into_iter().chain(pieces).collect());
+    let mut stream = TcpStream::connect(house.address).unwrap();
+    let body = chat(true).to_string();
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    while !house.metrics().await.contains("reason=\"client_gone\",status=\"200\"} 1") {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(house.metrics().await.contains("tidegate_open_streams 0"));
 }

@@ -16,3 +16,4 @@ mod pool;
 mod transport;
 mod audit;
 mod limits;
+mod strict;

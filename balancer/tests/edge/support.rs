@@ -138,6 +138,11 @@ impl Node {
         self.behaviour.script.lock().unwrap().push_back(acts);
     }
 
+    /// Drops what is left of its script.
+    pub(crate) fn forget(&self) {
+        self.behaviour.script.lock().unwrap().clear();
+    }
+
     /// What its `/health` says from now on: a status, `cold` (healthy, its model not in memory), `by` and a
     /// fingerprint (healthy), or `broken` (nothing that can be read).
     pub(crate) fn say(&self, health: &'static str) {

@@ -21,14 +21,14 @@ use tidegate_common::tls::{self, Clients, Identity, MinVersion};
 use crate::support::{Act, CHAT, House, chat, raw, ready, texts, tokens};
 
 /// A certificate for `localhost` that signs itself.
-struct Certificate {
+pub(crate) struct Certificate {
     _directory: tempfile::TempDir,
     cert: PathBuf,
     key: PathBuf,
 }
 
 impl Certificate {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
         let (cert, key) = (directory.path().join("cert.pem"), directory.path().join("key.pem"));
@@ -37,7 +37,7 @@ impl Certificate {
         Self { _directory: directory, cert, key }
     }
 
-    fn section(&self, more: &str) -> String {
+    pub(crate) fn section(&self, more: &str) -> String {
         format!("[balancer.tls]\ncert = {:?}\nkey = {:?}\n{more}", self.cert, self.key)
     }
 
@@ -47,6 +47,14 @@ impl Certificate {
         let mut peer = HttpPeer::new(address, true, "localhost".into());
         peer.options.alpn = alpn;
         Connector::new(Some(options)).get_http_session(&peer).await.unwrap().0
+    }
+
+    /// A client that speaks HTTP/2 alone.
+    pub(crate) fn h2_client(&self) -> rustls::ClientConfig {
+        let roots = tls::read_roots(&self.cert).unwrap();
+        let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config
     }
 
     /// Which version a handshake ends with, if it ends.
