@@ -444,7 +444,7 @@ impl House {
     pub(crate) async fn reload(&self, sections: &str) {
         let raw = Raw::from_toml(&format!("{BASE}{sections}"), "t").unwrap();
         let before = self.metrics().await;
-        self.reloads.give(raw.check(BalancerConfig::read)).await;
+        self.reloads.give(raw.check(BalancerConfig::read), Vec::new()).await;
         while self.metrics().await == before {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
