@@ -9,7 +9,7 @@ ROUNDS ?= 5
 # How long `make fuzz` gives to each target.
 SECONDS_EACH ?= 60
 
-.PHONY: help up setup setup-test build cuda-build model test test-faults bench bench-cpu bench-relay fuzz lint fmt doc deny ci
+.PHONY: help up setup setup-test build cuda-build model test test-faults bench bench-cpu bench-edge bench-relay fuzz lint fmt doc deny ci
 
 help: ## list these words
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -52,6 +52,9 @@ bench-cpu: setup build ## measure beside llama.cpp on this machine's CPU, ROUNDS
 
 bench-relay: setup build ## measure what it costs the balancer that streams can go on elsewhere, ROUNDS=5 of two times two minutes
 	@python3 benches/compare/relay.py --rounds $(ROUNDS) $(ARGS)
+
+bench-edge: setup build ## measure what a request and an event cost the balancer beside other proxies, ROUNDS=5
+	@python3 benches/compare/edge.py --rounds $(ROUNDS) $(ARGS)
 
 fuzz: setup ## give random input to every parser, SECONDS_EACH=60 each; stops at the first finding
 	@cargo fuzz --version >/dev/null 2>&1 || { echo "cargo-fuzz is missing: cargo install cargo-fuzz --locked"; exit 69; }

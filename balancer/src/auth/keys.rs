@@ -123,12 +123,15 @@ impl KeysFile {
     /// # Errors
     /// When it cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
-        let keys = self.keys.iter().map(|key| Value::Table(key.to_table())).collect();
-        let table = Table::from_iter([("keys".to_owned(), Value::Array(keys))]);
-        replace(path, toml::to_string(&table).map_err(io::Error::other)?.as_bytes(), SECRET)
+        replace(path, self.to_text().as_bytes(), SECRET)
     }
 
-    fn read_sections(root: &Reader<'_>) -> Self {
+    pub(crate) fn to_text(&self) -> String {
+        let keys = self.keys.iter().map(|key| Value::Table(key.to_table())).collect();
+        Table::from_iter([("keys".to_owned(), Value::Array(keys))]).to_string()
+    }
+
+    pub(crate) fn read_sections(root: &Reader<'_>) -> Self {
         let mut ids = BTreeSet::new();
         let sections = root.sections("keys");
         let keys: Vec<_> = sections.iter().filter_map(KeyEntry::read).collect();

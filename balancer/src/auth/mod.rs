@@ -205,6 +205,16 @@ fn named_files(r: &Reader<'_>, tokens: &Reader<'_>, providers: &[Provider]) -> V
     files
 }
 
+/// What becomes of a token whose issuer is ours or nobody, and whose key nobody has.
+#[cfg(fuzzing)]
+pub(crate) fn judge_unsigned(bytes: &[u8]) -> ApiError {
+    let _ = token::is_token(bytes);
+    match token::peek(bytes) {
+        Ok((header, _)) => token::judge_by_strangers_key(bytes, &header),
+        Err(error) => error,
+    }
+}
+
 /// Notes at `key` when others than its owner can reach a file of secrets.
 pub(crate) fn check_mode(r: &Reader<'_>, key: &str, path: &Path) {
     let Ok(metadata) = std::fs::metadata(path) else { return };

@@ -338,6 +338,19 @@ impl SigningKey {
     }
 }
 
+/// Judges a token by a key that has signed nothing.
+#[cfg(fuzzing)]
+pub(super) fn judge_by_strangers_key(given: &[u8], header: &Header) -> ApiError {
+    let rules =
+        Rules { issuer: TIDEGATE.into(), audiences: vec![TIDEGATE.into()], leeway: Duration::ZERO, lifetime_max: None };
+    let algorithm = if header.alg == Algorithm::ES256 { Algorithm::ES256 } else { Algorithm::EdDSA };
+    let key = VerifyKey { algorithm, key: DecodingKey::from_ed_der(&[7; 32]) };
+    match rules.verify(given, &key, UnixSeconds(1_900_000_000)) {
+        Ok(_) => unreachable!("nobody has signed it"),
+        Err(error) => error,
+    }
+}
+
 /// The file of tokens that were taken back, each with the time at which it would have ended by itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RevokedFile(pub BTreeMap<String, UnixSeconds>);
