@@ -100,6 +100,9 @@ pub(crate) fn head(
     let mut head = ResponseHeader::build(status, Some(12))?;
     head.insert_header(header::CONTENT_TYPE, media_type)?;
     head.insert_header(headers::REQUEST_ID, stamp.id.as_str())?;
+    if let Some(cache) = stamp.cache {
+        head.insert_header("x-cache", cache)?;
+    }
     for (name, value) in stamp.allowance.into_iter().flat_map(Allowance::headers) {
         head.insert_header(name, value)?;
     }

@@ -17,6 +17,8 @@ pub(crate) struct Wish {
     pub(crate) stream: bool,
     /// Whether the client chose the seed itself.
     pub(crate) seeded: bool,
+    /// Whether nothing is drawn.
+    pub(crate) is_greedy: bool,
     /// How many answers it wants.
     pub(crate) choices: u32,
     /// The longest that each of them may be, in tokens, if it says so.
@@ -34,6 +36,7 @@ struct RawWish<'a> {
     max_completion_tokens: Option<Field<u32>>,
     max_output_tokens: Option<Field<u32>>,
     seed: Option<IgnoredAny>,
+    temperature: Option<Field<f64>>,
     tidegate_resume: Option<IgnoredAny>,
 }
 
@@ -72,6 +75,8 @@ impl Wish {
             model: Field::right(raw.model, "model", "text")?.map(Cow::into_owned),
             stream: Field::right(raw.stream, "stream", "true or false")?.unwrap_or(false),
             seeded: raw.seed.is_some(),
+            // a wrong temperature is the node's to refuse
+            is_greedy: matches!(raw.temperature, Some(Field::Right(t)) if t == 0.0),
             // a wrong n is the node's to refuse
             tokens_max: [raw.max_completion_tokens, raw.max_output_tokens, raw.max_tokens]
                 .into_iter()
@@ -108,10 +113,20 @@ mod tests {
         let wish =
             Wish::read(br#" {"messages":[{"x":[1]}],"model":"m\u0041","stream":true,"seed":0,"n":2,"max_tokens":7} "#)
                 .unwrap();
-        let expected = Wish { model: Some("mA".into()), stream: true, seeded: true, choices: 2, tokens_max: Some(7) };
+        let expected = Wish {
+            model: Some("mA".into()),
+            stream: true,
+            seeded: true,
+            is_greedy: false,
+            choices: 2,
+            tokens_max: Some(7),
+        };
         assert_eq!(wish, expected);
         let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many","max_tokens":-1}"#).unwrap();
-        assert_eq!(wish, Wish { model: None, stream: false, seeded: false, choices: 1, tokens_max: None });
+        assert_eq!(
+            wish,
+            Wish { model: None, stream: false, seeded: false, is_greedy: false, choices: 1, tokens_max: None }
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::{
     accept::Allowlist,
     audit::AuditConfig,
     auth::{Auth, UnixSeconds},
+    cache::CacheConfig,
     limits::{DoorsConfig, Quotas},
     names::Certificates,
     policy::{self, Decision, Policies, Who},
@@ -49,6 +50,7 @@ pub struct BalancerConfig {
     pub(crate) tls: Option<EdgeTls>,
     pub(crate) auth: Option<Arc<Auth>>,
     pub(crate) policies: Arc<Policies>,
+    pub(crate) cache: Option<CacheConfig>,
     pub(crate) limits: LimitsConfig,
     pub(crate) health: HealthConfig,
     pub(crate) relay: RelayConfig,
@@ -182,6 +184,7 @@ impl BalancerConfig {
                 &upstreams,
             ),
             policies: Arc::new(Policies::read(&r)),
+            cache: CacheConfig::read(&r.section("cache")),
             auth: known.map(Arc::new),
             tls: edge_tls,
             access_log: r.get_or("access_log", true),
@@ -369,7 +372,7 @@ impl LimitsConfig {
     }
 }
 
-fn read_size(r: &Reader<'_>, key: &str, default: ByteSize) -> usize {
+pub(crate) fn read_size(r: &Reader<'_>, key: &str, default: ByteSize) -> usize {
     let size = r.get_or(key, default).as_u64();
     match usize::try_from(size) {
         Ok(bytes) if bytes > 0 && size <= ByteSize::gib(4).as_u64() => bytes,

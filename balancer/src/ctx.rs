@@ -26,6 +26,8 @@ use crate::{
 pub(crate) struct Stamp<'a> {
     pub(crate) id: &'a RequestId,
     pub(crate) allowance: Option<&'a Allowance>,
+    /// What the cache had of it, where there is one.
+    pub(crate) cache: Option<&'static str>,
 }
 
 /// The frame of one request.
@@ -54,6 +56,10 @@ pub(crate) struct RequestCtx {
     pub(crate) created: UnixSeconds,
     /// What the client has left of its limits.
     pub(crate) allowance: Option<Box<Allowance>>,
+    /// What the cache had of it, where there is one.
+    pub(crate) cache: Option<&'static str>,
+    /// Up to how many bytes its answer is copied for the cache.
+    pub(crate) copy_bytes_max: usize,
 }
 
 impl RequestCtx {
@@ -96,7 +102,7 @@ impl RequestCtx {
 
     /// What every answer to it carries.
     pub(crate) fn stamp(&self) -> Stamp<'_> {
-        Stamp { id: &self.id, allowance: self.allowance.as_deref() }
+        Stamp { id: &self.id, allowance: self.allowance.as_deref(), cache: self.cache }
     }
 
     /// The frame of the request whose head `session` has just read.
@@ -134,6 +140,8 @@ impl RequestCtx {
             started: Instant::now(),
             created: UnixSeconds::now(),
             allowance: None,
+            cache: None,
+            copy_bytes_max: 0,
         }
     }
 }

@@ -30,6 +30,10 @@ pub(crate) struct Metrics {
     pub(crate) refused: IntCounterVec,
     /// Readings of the configuration while running, by what became of them.
     pub(crate) reloads: IntCounterVec,
+    /// Generations by what the cache had of them, where there is one.
+    pub(crate) cache_requests: IntCounterVec,
+    cache_answers: IntGauge,
+    cache_bytes: IntGauge,
     certificates: IntGaugeVec,
     /// Audit records taken, by event.
     pub(crate) audit_records: IntCounterVec,
@@ -63,6 +67,14 @@ impl Metrics {
             open_streams: gauge(r, "open_streams", "streams open"),
             refused: counters(r, "connections_refused_total", "connections closed before a request", &["reason"]),
             reloads: counters(r, "reloads_total", "readings of the configuration while running", &["outcome"]),
+            cache_requests: counters(
+                r,
+                "cache_requests_total",
+                "generations by what the cache had of them",
+                &["outcome"],
+            ),
+            cache_answers: gauges(r, "cache_answers", "answers in the cache", &[]).with_label_values::<&str>(&[]),
+            cache_bytes: gauges(r, "cache_bytes", "what they take", &[]).with_label_values::<&str>(&[]),
             certificates: gauges(
                 r,
                 "certificate_not_after_seconds",
@@ -91,6 +103,12 @@ impl Metrics {
     /// The counter of connections refused for this reason.
     pub(crate) fn refused(&self, reason: &str) -> IntCounter {
         self.refused.with_label_values(&[reason])
+    }
+
+    /// Shows how many answers the cache has, and what they take.
+    pub(crate) fn show_cache(&self, (answers, bytes): (usize, usize)) {
+        self.cache_answers.set(answers as i64);
+        self.cache_bytes.set(bytes as i64);
     }
 
     /// Shows when the edge's certificates end.
@@ -183,6 +201,8 @@ mod tests {
         tidegate_audit_lost_total
         tidegate_audit_records_total
         tidegate_audit_sequence
+        tidegate_cache_answers
+        tidegate_cache_bytes
         tidegate_connections_refused_total
         tidegate_open_requests
         tidegate_open_streams

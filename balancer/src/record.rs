@@ -60,6 +60,8 @@ pub(crate) struct Record {
     pub(crate) tokens: usize,
     /// Tokens of the prompt, where a node has said how many.
     pub(crate) prompt_tokens: Option<u32>,
+    /// The whole answer, where it was copied for the cache.
+    pub(crate) copy: Option<Vec<u8>>,
     first_token: Option<Instant>,
 }
 
@@ -81,6 +83,7 @@ impl Record {
             resumes: 0,
             tokens: 0,
             prompt_tokens: None,
+            copy: None,
             first_token: None,
         }
     }
@@ -189,6 +192,7 @@ impl Record {
             node: self.node.as_ref().map(NodeId::as_str),
             status: self.status,
             reason: self.reason,
+            cache: self.ctx.cache,
             retries: self.retries,
             resumes: self.resumes,
             prompt_tokens: self.prompt_tokens,
@@ -233,6 +237,8 @@ struct Entry<'a> {
     node: Option<&'a str>,
     status: u16,
     reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cache: Option<&'static str>,
     retries: u32,
     resumes: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -267,6 +273,7 @@ impl Entry<'_> {
             node = self.node,
             status = self.status,
             reason = self.reason,
+            cache = self.cache,
             retries = self.retries,
             resumes = self.resumes,
             prompt_tokens = self.prompt_tokens,

@@ -244,6 +244,7 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
         limits: Arc::new(Limits::new(metrics)),
         metrics: Arc::clone(metrics),
         books: Arc::clone(books),
+        cache: Arc::default(),
         open: Arc::clone(open),
         options,
         started: Instant::now(),

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use http::header::CACHE_CONTROL;
 use pingora::{
     ErrorType::InvalidHTTPHeader,
     apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ReusedHttpStream},
@@ -17,13 +18,14 @@ use pingora::{
     server::ShutdownWatch,
 };
 use serde_json::json;
-use tidegate_common::contract::{ApiError, ErrorKind, paths};
+use tidegate_common::contract::{ApiError, ErrorKind, event, paths};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     answer::{self, Answer},
     auth::UnixSeconds,
     body::{self, Wish},
+    cache::{Asked, Cache, Kept, Key},
     ctx::RequestCtx,
     drain::OpenRequests,
     limits::{self, Account, BodyError, Doors, Limits, Places},
@@ -49,9 +51,20 @@ pub(crate) struct Edge {
     pub(crate) doors: Arc<Doors>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) books: Arc<Books>,
+    pub(crate) cache: Arc<Cache>,
     pub(crate) open: Arc<OpenRequests>,
     pub(crate) options: HttpServerOptions,
     pub(crate) started: Instant,
+}
+
+/// What the cache has of a request.
+enum Found {
+    /// Its answer.
+    Hit(Kept),
+    /// Not yet, and its answer is to be kept by this key.
+    Miss(Key),
+    /// Nothing, and nothing is to be kept.
+    Nothing,
 }
 
 /// How a request left its connection.
@@ -201,7 +214,7 @@ impl Edge {
             Route::Health => Ok(self.health(live, session, record).await),
             Route::Models => Ok(self.models(live, session, record).await),
             Route::Document(path) => document(live, path, session, record).await,
-            Route::Generation(path) => generate(live, path, session, record, account).await,
+            Route::Generation(path) => self.generate(live, path, session, record, account).await,
             // whoever could ask without a credential is nobody that may see it
             Route::Private(path) if record.ctx.principal.is_none() => Err(route::unknown(path)),
             Route::Private(paths::METRICS) => Ok(self.figures(session, record).await),
@@ -236,6 +249,83 @@ impl Edge {
         answer::write(session, record.ctx.stamp(), None, answer).await.into()
     }
 
+    async fn generate(
+        &self,
+        live: &Live,
+        path: &'static str,
+        session: &mut ServerSession,
+        record: &mut Record,
+        mut account: Account,
+    ) -> Result<Ended, ApiError> {
+        let quotas = &live.config.limits.quotas;
+        let body = match limits::read_body(session, &live.config.limits).await {
+            Ok(body) => body,
+            Err(BodyError::Refused(error)) => return Err(error),
+            Err(BodyError::ClientGone) => {
+                record.reason = "client_gone";
+                return Ok(Ended::ClientGone);
+            }
+        };
+        record.asked(&body);
+        let wish = Wish::read(&body)?;
+        let found = self.look(live, session, path, record, &body, &wish)?;
+        if let Found::Hit(kept) = found {
+            record.answered(200);
+            let answer = Answer { media_type: kept.media_type.into(), ..Answer::json(200, kept.body) };
+            return Ok(answer::write(session, record.ctx.stamp(), None, answer).await.into());
+        }
+        let body_bytes = body.len();
+        account.reserve(wish.tokens_estimate(body_bytes, quotas.answer_tokens), quotas, &mut record.ctx)?;
+        let ended = live.relay.carry(session, record, &Generation::new(path, body, &wish)).await;
+        account.settle(tokens_used(record, body_bytes));
+        if let (Found::Miss(key), Some(copy), Some(config)) = (found, record.copy.take(), &live.config.cache) {
+            let media_type = if wish.stream { event::CONTENT_TYPE } else { "application/json" };
+            self.cache.put(key, Kept { media_type, body: copy.into() }, config, Instant::now());
+            self.metrics.show_cache(self.cache.size());
+        }
+        Ok(ended)
+    }
+
+    /// What the cache has of this, as far as there is one and the client wants it. Who may not ask for the model gets nothing of it either.
+    fn look(
+        &self,
+        live: &Live,
+        session: &ServerSession,
+        path: &'static str,
+        record: &mut Record,
+        body: &[u8],
+        wish: &Wish,
+    ) -> Result<Found, ApiError> {
+        let Some(config) = &live.config.cache else { return Ok(Found::Nothing) };
+        let snapshot = live.relay.pool.load();
+        let wants = session.get_header(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let found = route::pool(&snapshot, wish.model.as_deref()).ok();
+        let known = found.and_then(|(model, pool)| Some((model, pool.fingerprint()?)));
+        let Some((model, fingerprint)) = known.filter(|_| !wants.contains("no-store")) else {
+            return Ok(self.looked(record, "bypass", Found::Nothing));
+        };
+        record.ctx.demand_model(model)?;
+        let principal = record.ctx.principal.as_deref();
+        let owner = principal.map(|principal| &*principal.owner);
+        let sites = principal.and_then(|principal| principal.grant.sites.as_deref()).unwrap_or_default();
+        let asked = Asked { path, model, fingerprint, owner, sites, body, wish };
+        let Some(key) = asked.key(config) else { return Ok(self.looked(record, "bypass", Found::Nothing)) };
+        model.clone_into(&mut record.model);
+        match self.cache.get(&key, Instant::now()).filter(|_| !wants.contains("no-cache")) {
+            Some(kept) => Ok(self.looked(record, "hit", Found::Hit(kept))),
+            None => {
+                record.ctx.copy_bytes_max = config.answer_bytes_max;
+                Ok(self.looked(record, "miss", Found::Miss(key)))
+            }
+        }
+    }
+
+    fn looked(&self, record: &mut Record, outcome: &'static str, found: Found) -> Found {
+        record.ctx.cache = Some(outcome);
+        self.metrics.cache_requests.with_label_values(&[outcome]).inc();
+        found
+    }
+
     /// A client took its request back.
     fn note_reset(&self, peer: SocketAddr) {
         if self.doors.was_reset(peer, &self.live.load().config.limits.doors) {
@@ -257,31 +347,6 @@ impl Edge {
         let kept = session.finish().await.ok().flatten()?;
         Some(ReusedHttpStream::from_reusable_stream(kept, settings))
     }
-}
-
-async fn generate(
-    live: &Live,
-    path: &'static str,
-    session: &mut ServerSession,
-    record: &mut Record,
-    mut account: Account,
-) -> Result<Ended, ApiError> {
-    let quotas = &live.config.limits.quotas;
-    let body = match limits::read_body(session, &live.config.limits).await {
-        Ok(body) => body,
-        Err(BodyError::Refused(error)) => return Err(error),
-        Err(BodyError::ClientGone) => {
-            record.reason = "client_gone";
-            return Ok(Ended::ClientGone);
-        }
-    };
-    record.asked(&body);
-    let wish = Wish::read(&body)?;
-    let body_bytes = body.len();
-    account.reserve(wish.tokens_estimate(body_bytes, quotas.answer_tokens), quotas, &mut record.ctx)?;
-    let ended = live.relay.carry(session, record, &Generation::new(path, body, &wish)).await;
-    account.settle(tokens_used(record, body_bytes));
-    Ok(ended)
 }
 
 /// Tokens of the prompt and of the answer; what nobody has counted is estimated, and what came to nothing costs nothing.

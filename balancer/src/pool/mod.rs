@@ -115,6 +115,13 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
+    /// What the answers of all those that take requests depend on, where it is the same and all have said it.
+    pub(crate) fn fingerprint(&self) -> Option<Fingerprint> {
+        let mut all = self.ready.targets.iter().map(|target| target.fingerprint);
+        let first = all.next()??;
+        all.all(|other| other == Some(first)).then_some(first)
+    }
+
     /// Whether nobody can be asked.
     pub(crate) fn is_empty(&self) -> bool {
         self.ready.is_empty() && self.suspects.is_empty()

@@ -34,21 +34,42 @@ pub(crate) enum Interrupt {
 /// The client of one generation.
 pub(crate) struct Client<'a> {
     session: &'a mut ServerSession,
-    id: RequestId,
-    allowance: Option<Box<Allowance>>,
+    frame: Frame,
     deadline: Pin<Box<Sleep>>,
     wants_stream: bool,
     begun: bool,
     has_data: bool,
     /// The last event's data so far, for a client that wants one body.
     last: Option<Bytes>,
+    /// What it has had, while somebody wants it.
+    copy: Option<Copy>,
+}
+
+/// What each head of an answer says; a relay holds the rest of the request's frame.
+struct Frame {
+    id: RequestId,
+    allowance: Option<Box<Allowance>>,
+    cache: Option<&'static str>,
+}
+
+impl Frame {
+    fn stamp(&self) -> Stamp<'_> {
+        Stamp { id: &self.id, allowance: self.allowance.as_deref(), cache: self.cache }
+    }
+}
+
+/// An answer on its way into the cache.
+struct Copy {
+    bytes: Vec<u8>,
+    bytes_max: usize,
 }
 
 impl<'a> Client<'a> {
     pub(crate) fn new(session: &'a mut ServerSession, wants_stream: bool, ctx: &RequestCtx, deadline: Instant) -> Self {
         let deadline = Box::pin(sleep_until(deadline));
-        let (id, allowance) = (ctx.id.clone(), ctx.allowance.clone());
-        Self { session, id, allowance, deadline, wants_stream, begun: false, has_data: false, last: None }
+        let frame = Frame { id: ctx.id.clone(), allowance: ctx.allowance.clone(), cache: ctx.cache };
+        let copy = (ctx.copy_bytes_max > 0).then(|| Copy { bytes: Vec::new(), bytes_max: ctx.copy_bytes_max });
+        Self { session, frame, deadline, wants_stream, begun: false, has_data: false, last: None, copy }
     }
 
     /// Whether the head of the answer is out, so that what goes wrong can no longer change it.
@@ -76,6 +97,20 @@ impl<'a> Client<'a> {
         }
     }
 
+    /// The whole answer, once it has ended, where it was to be copied and is not too large.
+    pub(crate) fn take_copy(&mut self) -> Option<Vec<u8>> {
+        self.copy.take().map(|copy| copy.bytes)
+    }
+
+    fn copy(&mut self, bytes: &[u8]) {
+        let Some(copy) = self.copy.as_mut() else { return };
+        if copy.bytes.len() + bytes.len() > copy.bytes_max {
+            self.copy = None;
+            return;
+        }
+        copy.bytes.extend_from_slice(bytes);
+    }
+
     /// Whole events of a node pass.
     pub(crate) async fn pass(&mut self, events: Bytes, node: &NodeId) -> Result<(), Interrupt> {
         if events.is_empty() {
@@ -87,6 +122,7 @@ impl<'a> Client<'a> {
             }
             return Ok(());
         }
+        self.copy(&events);
         let written = self.write_events(events, node).await;
         written.map_err(|_| Interrupt::ClientGone)
     }
@@ -101,7 +137,7 @@ impl<'a> Client<'a> {
     }
 
     async fn write_head(&mut self, node: &NodeId) -> pingora::Result<()> {
-        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        let stamp = self.frame.stamp();
         let mut head = answer::head(200, event::CONTENT_TYPE, stamp, Some(node))?;
         head.insert_header(header::CACHE_CONTROL, "no-cache")?;
         if self.session.req_header().version == Version::HTTP_11 {
@@ -120,20 +156,21 @@ impl<'a> Client<'a> {
             return self.session.write_response_body(Bytes::new(), true).await;
         }
         let body = self.last.take().unwrap_or_default();
-        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        self.copy(&body);
+        let stamp = self.frame.stamp();
         answer::write(self.session, stamp, Some(node), Answer::json(200, body)).await
     }
 
     /// Passes a whole answer on.
     pub(crate) async fn answer(self, node: Option<&NodeId>, answer: Answer) -> pingora::Result<()> {
-        let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+        let stamp = self.frame.stamp();
         answer::write(self.session, stamp, node, answer).await
     }
 
     /// Ends with an error: as the whole answer, or as the last event of a stream that has begun.
     pub(crate) async fn fail(self, error: &ApiError) -> Ended {
         if !self.begun {
-            let stamp = Stamp { id: &self.id, allowance: self.allowance.as_deref() };
+            let stamp = self.frame.stamp();
             return answer::refuse(self.session, stamp, error).await.into();
         }
         let body = error.to_json_at(self.session.req_header().uri.path());

@@ -261,6 +261,7 @@ impl Relay {
             match end {
                 LegEnd::Done => {
                     record.answered(200);
+                    record.copy = client.take_copy();
                     return Ended::Whole;
                 }
                 LegEnd::Answered(answer) if client.has_begun() => {

@@ -10,6 +10,7 @@ mod requests;
 mod proxied;
 mod auth;
 mod tokens;
+mod cache;
 mod relay;
 mod foreign;
 mod pool;
