@@ -2,7 +2,8 @@
 
 use std::borrow::Cow;
 
-use serde::{Deserialize, de::IgnoredAny};
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Serialize, de::IgnoredAny};
 use tidegate_common::contract::{ApiError, Resume};
 
 /// More choices than any node accepts; bounds what a stream's memory is sized by.
@@ -21,6 +22,8 @@ pub(crate) struct Wish {
     pub(crate) is_greedy: bool,
     /// How many answers it wants.
     pub(crate) choices: u32,
+    /// The dialogue that it goes on with, if one is named, and the question.
+    pub(crate) session: Option<(String, String)>,
     /// The longest that each of them may be, in tokens, if it says so.
     pub(crate) tokens_max: Option<u32>,
 }
@@ -36,6 +39,9 @@ struct RawWish<'a> {
     max_completion_tokens: Option<Field<u32>>,
     max_output_tokens: Option<Field<u32>>,
     seed: Option<IgnoredAny>,
+    session_id: Option<Field<String>>,
+    #[serde(borrow)]
+    query: Option<Field<Cow<'a, str>>>,
     temperature: Option<Field<f64>>,
     tidegate_resume: Option<IgnoredAny>,
 }
@@ -71,7 +77,11 @@ impl Wish {
         if raw.tidegate_resume.is_some() {
             return Err(ApiError::invalid(Resume::FIELD, format!("'{}' is not for clients", Resume::FIELD)));
         }
+        let session = Field::right(raw.session_id, "session_id", "text")?;
+        // a query that is none is the node's to refuse
+        let query = Field::right(raw.query, "", "").ok().flatten();
         Ok(Self {
+            session: session.zip(query.map(Cow::into_owned)),
             model: Field::right(raw.model, "model", "text")?.map(Cow::into_owned),
             stream: Field::right(raw.stream, "stream", "true or false")?.unwrap_or(false),
             seeded: raw.seed.is_some(),
@@ -84,6 +94,25 @@ impl Wish {
             choices: Field::right(raw.n, "n", "").ok().flatten().unwrap_or(1).clamp(1, CHOICES_MAX),
         })
     }
+}
+
+/// The body with one more field. It is known to be a JSON object, so the field goes right behind its first brace.
+pub(crate) fn with_field(body: &Bytes, name: &str, value: &impl Serialize) -> Bytes {
+    let brace = memchr::memchr(b'{', body).map_or(0, |at| at + 1);
+    let (open, rest) = body.split_at(brace);
+    let is_empty = rest.trim_ascii_start().starts_with(b"}");
+    let value = serde_json::to_vec(value).unwrap_or_default(); // lists of numbers and texts always serialize
+    let mut out = BytesMut::with_capacity(body.len() + value.len() + name.len() + 4);
+    out.put_slice(open);
+    out.put_slice(b"\"");
+    out.put_slice(name.as_bytes());
+    out.put_slice(b"\":");
+    out.put_slice(&value);
+    if !is_empty {
+        out.put_slice(b",");
+    }
+    out.put_slice(rest);
+    out.freeze()
 }
 
 impl Wish {
@@ -119,13 +148,22 @@ mod tests {
             seeded: true,
             is_greedy: false,
             choices: 2,
+            session: None,
             tokens_max: Some(7),
         };
         assert_eq!(wish, expected);
         let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many","max_tokens":-1}"#).unwrap();
         assert_eq!(
             wish,
-            Wish { model: None, stream: false, seeded: false, is_greedy: false, choices: 1, tokens_max: None }
+            Wish {
+                model: None,
+                stream: false,
+                seeded: false,
+                is_greedy: false,
+                choices: 1,
+                session: None,
+                tokens_max: None
+            }
         );
     }
 

@@ -28,6 +28,7 @@ use crate::{
     pool::Rules,
     proxied::{Listener, Trusted},
     remembered::MembersFile,
+    sessions::SessionsConfig,
     upgrade::UpgradeSocket,
     upstreams::UpstreamConfig,
 };
@@ -51,6 +52,7 @@ pub struct BalancerConfig {
     pub(crate) auth: Option<Arc<Auth>>,
     pub(crate) policies: Arc<Policies>,
     pub(crate) cache: Option<CacheConfig>,
+    pub(crate) sessions: SessionsConfig,
     pub(crate) limits: LimitsConfig,
     pub(crate) health: HealthConfig,
     pub(crate) relay: RelayConfig,
@@ -185,6 +187,7 @@ impl BalancerConfig {
             ),
             policies: Arc::new(Policies::read(&r)),
             cache: CacheConfig::read(&r.section("cache")),
+            sessions: SessionsConfig::read(&r.section("sessions")),
             auth: known.map(Arc::new),
             tls: edge_tls,
             access_log: r.get_or("access_log", true),

@@ -5,7 +5,7 @@
 //! `bind` takes the sockets before anything else runs. A connection is judged by its address in `accept`, that of its client
 //! behind a proxy in `proxied`, and secured in `tls` with the certificate that `names` finds; `serve` reads its requests one after another; `strict` refuses what HTTP could mean in two ways. Each request gets its state in `ctx`,
 //! shows its credential in `auth`, is judged by `policy`, takes its place in `limits`, is told in `body` and `route` which model it wants,
-//! is answered by `cache` if it was before, and
+//! goes on with the dialogue that `sessions` remembers, is answered by `cache` if it was before, and
 //! is carried by `relay` to the node that `pick` chose, and on to the next when that one is lost. `answer` writes what the edge says itself, and `record` makes
 //! exactly one terminal record of it all, which `audit` keeps where the configuration names a folder.
 //!
@@ -34,6 +34,7 @@ mod pattern;
 pub mod policy;
 mod limits;
 mod body;
+mod sessions;
 mod cache;
 mod route;
 mod pick;

@@ -34,6 +34,8 @@ pub(crate) struct Metrics {
     pub(crate) cache_requests: IntCounterVec,
     cache_answers: IntGauge,
     cache_bytes: IntGauge,
+    sessions: IntGauge,
+    sessions_bytes: IntGauge,
     certificates: IntGaugeVec,
     /// Audit records taken, by event.
     pub(crate) audit_records: IntCounterVec,
@@ -75,6 +77,8 @@ impl Metrics {
             ),
             cache_answers: gauges(r, "cache_answers", "answers in the cache", &[]).with_label_values::<&str>(&[]),
             cache_bytes: gauges(r, "cache_bytes", "what they take", &[]).with_label_values::<&str>(&[]),
+            sessions: gauges(r, "sessions", "dialogues that are remembered", &[]).with_label_values::<&str>(&[]),
+            sessions_bytes: gauges(r, "sessions_bytes", "what they take", &[]).with_label_values::<&str>(&[]),
             certificates: gauges(
                 r,
                 "certificate_not_after_seconds",
@@ -109,6 +113,12 @@ impl Metrics {
     pub(crate) fn show_cache(&self, (answers, bytes): (usize, usize)) {
         self.cache_answers.set(answers as i64);
         self.cache_bytes.set(bytes as i64);
+    }
+
+    /// Shows how many dialogues are remembered, and what they take.
+    pub(crate) fn show_sessions(&self, (dialogues, bytes): (usize, usize)) {
+        self.sessions.set(dialogues as i64);
+        self.sessions_bytes.set(bytes as i64);
     }
 
     /// Shows when the edge's certificates end.
@@ -213,6 +223,8 @@ mod tests {
         tidegate_requests_total
         tidegate_resumes_total
         tidegate_retries_total
+        tidegate_sessions
+        tidegate_sessions_bytes
         tidegate_time_to_first_token_seconds
         ");
     }

@@ -245,6 +245,7 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
         metrics: Arc::clone(metrics),
         books: Arc::clone(books),
         cache: Arc::default(),
+        sessions: Arc::default(),
         open: Arc::clone(open),
         options,
         started: Instant::now(),

@@ -35,9 +35,12 @@ use crate::{
     record::{Books, Record},
     relay::Generation,
     route::{self, Route},
+    sessions::{self, Dialogue, Sessions, Turn},
     strict,
 };
 
+/// The field of a node's API that has what was said before a question.
+const HISTORY: &str = "history";
 /// How long a connection without a request stays at the end.
 const LINGER: Duration = Duration::from_millis(500);
 /// How long unread rest of a body may take before a connection is kept.
@@ -52,6 +55,7 @@ pub(crate) struct Edge {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) books: Arc<Books>,
     pub(crate) cache: Arc<Cache>,
+    pub(crate) sessions: Arc<Sessions>,
     pub(crate) open: Arc<OpenRequests>,
     pub(crate) options: HttpServerOptions,
     pub(crate) started: Instant,
@@ -268,22 +272,60 @@ impl Edge {
         };
         record.asked(&body);
         let wish = Wish::read(&body)?;
+        let dialogue = self.dialogue(path, record, &wish)?;
+        let (body, prefers) = match &dialogue {
+            Some((_, so_far)) if !so_far.messages.is_empty() => {
+                (body::with_field(&body, HISTORY, &so_far.messages), so_far.node.clone())
+            }
+            _ => (body, None),
+        };
         let found = self.look(live, session, path, record, &body, &wish)?;
         if let Found::Hit(kept) = found {
             record.answered(200);
+            self.remember(live, dialogue.map(|(key, _)| key), &kept.body, wish, record);
             let answer = Answer { media_type: kept.media_type.into(), ..Answer::json(200, kept.body) };
             return Ok(answer::write(session, record.ctx.stamp(), None, answer).await.into());
         }
         let body_bytes = body.len();
         account.reserve(wish.tokens_estimate(body_bytes, quotas.answer_tokens), quotas, &mut record.ctx)?;
-        let ended = live.relay.carry(session, record, &Generation::new(path, body, &wish)).await;
+        if dialogue.is_some() {
+            record.ctx.copy_bytes_max = record.ctx.copy_bytes_max.max(live.config.sessions.answer_bytes_max());
+        }
+        let mut generation = Generation::new(path, body, &wish);
+        generation.prefers = prefers;
+        let ended = live.relay.carry(session, record, &generation).await;
         account.settle(tokens_used(record, body_bytes));
-        if let (Found::Miss(key), Some(copy), Some(config)) = (found, record.copy.take(), &live.config.cache) {
-            let media_type = if wish.stream { event::CONTENT_TYPE } else { "application/json" };
-            self.cache.put(key, Kept { media_type, body: copy.into() }, config, Instant::now());
-            self.metrics.show_cache(self.cache.size());
+        if let Some(copy) = record.copy.take().map(Bytes::from) {
+            if let (Found::Miss(key), Some(config)) = (found, &live.config.cache) {
+                let media_type = if wish.stream { event::CONTENT_TYPE } else { "application/json" };
+                self.cache.put(key, Kept { media_type, body: copy.clone() }, config, Instant::now());
+                self.metrics.show_cache(self.cache.size());
+            }
+            self.remember(live, dialogue.map(|(key, _)| key), &copy, wish, record);
         }
         Ok(ended)
+    }
+
+    /// The dialogue that a question goes on with, and what was said in it.
+    fn dialogue(
+        &self,
+        path: &'static str,
+        record: &Record,
+        wish: &Wish,
+    ) -> Result<Option<(sessions::Key, Dialogue)>, ApiError> {
+        let Some((id, _)) = wish.session.as_ref().filter(|_| path == paths::API_CHAT) else { return Ok(None) };
+        let owner = record.ctx.payer().unwrap_or_default();
+        let key = sessions::key(&owner, id)?;
+        Ok(Some((key, self.sessions.get(&key, Instant::now()))))
+    }
+
+    /// A question of a dialogue has been answered.
+    fn remember(&self, live: &Live, key: Option<sessions::Key>, answer: &[u8], wish: Wish, record: &Record) {
+        let Some(key) = key else { return };
+        let (Some(answer), Some((_, query))) = (sessions::answer_in(answer, wish.stream), wish.session) else { return };
+        let turn = Turn { query, answer, node: record.node.clone() };
+        self.sessions.add(key, turn, &live.config.sessions, Instant::now());
+        self.metrics.show_sessions(self.sessions.size());
     }
 
     /// What the cache has of this, as far as there is one and the client wants it. Who may not ask for the model gets nothing of it either.

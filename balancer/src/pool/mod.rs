@@ -85,6 +85,11 @@ impl Ring {
         self.targets.iter().any(|target| is_such(target))
     }
 
+    /// The one of this id.
+    pub(crate) fn find(&self, id: &NodeId) -> Option<Arc<Target>> {
+        self.targets.iter().find(|target| target.id == *id).cloned()
+    }
+
     /// What its members have said that their answers depend on.
     fn fingerprints(&self) -> BTreeSet<Fingerprint> {
         self.targets.iter().filter_map(|target| target.fingerprint).collect()

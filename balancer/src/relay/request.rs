@@ -4,12 +4,19 @@
 
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use pingora::http::RequestHeader;
-use tidegate_common::contract::{Resume, event, headers};
+use tidegate_common::{
+    contract::{Resume, event, headers},
+    ids::NodeId,
+};
 
 use super::delivered::Delivered;
-use crate::{body::Wish, ctx::RequestCtx, pool::Target};
+use crate::{
+    body::{Wish, with_field},
+    ctx::RequestCtx,
+    pool::Target,
+};
 
 /// One generation, as its client asked for it.
 pub(crate) struct Generation {
@@ -22,6 +29,8 @@ pub(crate) struct Generation {
     seed: Option<u64>,
     pub(crate) stream: bool,
     pub(crate) choices: u32,
+    /// Who is asked first while it takes requests: it has answered what came before.
+    pub(crate) prefers: Option<NodeId>,
 }
 
 /// A request ready to be sent.
@@ -55,12 +64,22 @@ impl Silence {
 impl Generation {
     /// The document at this path, from a node of this model: no generation, and carried like one.
     pub(crate) fn document(path: &'static str, model: String) -> Self {
-        Self { method: "GET", path, body: Bytes::new(), model: Some(model), seed: None, stream: false, choices: 1 }
+        Self {
+            method: "GET",
+            path,
+            body: Bytes::new(),
+            model: Some(model),
+            seed: None,
+            stream: false,
+            choices: 1,
+            prefers: None,
+        }
     }
 
     pub(crate) fn new(path: &'static str, body: Bytes, wish: &Wish) -> Self {
         let seed = (!wish.seeded).then(rand::random);
-        Self { method: "POST", path, body, model: wish.model.clone(), seed, stream: wish.stream, choices: wish.choices }
+        let (model, stream, choices) = (wish.model.clone(), wish.stream, wish.choices);
+        Self { method: "POST", path, body, model, seed, stream, choices, prefers: None }
     }
 
     /// The request for `target`.
@@ -71,7 +90,8 @@ impl Generation {
         time_left: Duration,
         resume: Option<&Delivered>,
     ) -> pingora::Result<NodeRequest> {
-        let body = resume.map_or_else(|| self.body.clone(), |delivered| with_resume(&self.body, &delivered.resume()));
+        let body = resume
+            .map_or_else(|| self.body.clone(), |delivered| with_field(&self.body, Resume::FIELD, &delivered.resume()));
         let mut head = RequestHeader::build(self.method, self.path.as_bytes(), Some(12))?;
         head.insert_header("host", target.authority.as_str())?;
         head.insert_header("content-type", "application/json")?;
@@ -94,25 +114,6 @@ impl Generation {
     }
 }
 
-/// The body with one more field. It is known to be a JSON object, so the field goes right behind its first brace.
-fn with_resume(body: &Bytes, resume: &Resume) -> Bytes {
-    let brace = memchr::memchr(b'{', body).map_or(0, |at| at + 1);
-    let (open, rest) = body.split_at(brace);
-    let is_empty = rest.trim_ascii_start().starts_with(b"}");
-    let value = serde_json::to_vec(resume).unwrap_or_default(); // lists of numbers always serialize
-    let mut out = BytesMut::with_capacity(body.len() + value.len() + Resume::FIELD.len() + 4);
-    out.put_slice(open);
-    out.put_slice(b"\"");
-    out.put_slice(Resume::FIELD.as_bytes());
-    out.put_slice(b"\":");
-    out.put_slice(&value);
-    if !is_empty {
-        out.put_slice(b",");
-    }
-    out.put_slice(rest);
-    out.freeze()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -122,9 +123,9 @@ mod tests {
         let resume = Resume { tokens: vec![vec![1, 2], vec![]] };
         let body = Bytes::from_static(b" {\"messages\": [{\"a\": 1}], \"x\":\"\xc3\xbc\"}");
         let expected = " {\"tidegate_resume\":{\"tokens\":[[1,2],[]]},\"messages\": [{\"a\": 1}], \"x\":\"ü\"}";
-        assert_eq!(with_resume(&body, &resume), expected);
+        assert_eq!(with_field(&body, Resume::FIELD, &resume), expected);
         assert_eq!(
-            with_resume(&Bytes::from_static(b"{ }"), &Resume::default()),
+            with_field(&Bytes::from_static(b"{ }"), Resume::FIELD, &Resume::default()),
             &b"{\"tidegate_resume\":{\"tokens\":[]} }"[..]
         );
     }

@@ -101,12 +101,13 @@ impl Relay {
         }
         let goes_abroad = generation.is_common() && !is_resuming;
         let begun_by = journey.delivered.fingerprint().filter(|_| is_resuming);
+        let may_go = |target: &Target| (goes_abroad || target.foreign.is_none()) && record.ctx.may_go_to(&target.site);
         let pick = |ring: &Ring, avoid: &[NodeId]| {
-            let may_go =
-                |target: &Target| (goes_abroad || target.foreign.is_none()) && record.ctx.may_go_to(&target.site);
             ring.pick(|target| may_go(target) && target.may_go_on(begun_by) && !avoid.contains(&target.id))
         };
-        let target = match pick(&pool.ready, &journey.tried) {
+        let preferred = generation.prefers.as_ref().filter(|_| journey.last.is_none());
+        let preferred = preferred.and_then(|id| pool.ready.find(id)).filter(|target| may_go(target));
+        let target = match preferred.or_else(|| pick(&pool.ready, &journey.tried)) {
             Some(untried) => Some(untried),
             // the same node again is better than none, for a stream that has begun
             None if is_resuming && !journey.was_refused() => {

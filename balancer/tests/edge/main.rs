@@ -10,6 +10,7 @@ mod requests;
 mod proxied;
 mod auth;
 mod tokens;
+mod sessions;
 mod cache;
 mod relay;
 mod foreign;

@@ -16,6 +16,13 @@ pub(in crate::http) struct QueryRequest {
     /// What is asked.
     #[schema(required, example = "Why is the sky blue?")]
     query: Option<String>,
+    /// What was said before, the oldest first; a balancer adds it where a `session_id` names a dialogue that it remembers.
+    #[schema(value_type = Option<Vec<Object>>, example = json!([{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}]))]
+    history: Option<Vec<Message>>,
+    /// The dialogue that the question goes on with: a balancer remembers it for a while, a node by itself does not.
+    #[serde(default, rename = "session_id")]
+    #[schema(example = "alice-1")]
+    _session_id: Option<String>,
     /// The model's name; not needed where there is only one.
     #[schema(example = "smollm2-135m")]
     model: Option<String>,
@@ -54,7 +61,8 @@ impl Body for QueryRequest {
         if self.n.is_some_and(|n| n != 1) {
             return Err(ApiError::invalid("n", "n must be 1 here; /v1/chat/completions gives several answers"));
         }
-        let message = Message { role: "user".into(), content: query, extra: Map::new() };
+        let mut messages = self.history.unwrap_or_default();
+        messages.push(Message { role: "user".into(), content: query, extra: Map::new() });
         let knobs = Knobs {
             temperature: self.temperature,
             top_p: self.top_p,
@@ -64,7 +72,7 @@ impl Body for QueryRequest {
         };
         let include_usage = self.stream_options.and_then(|options| options.include_usage).unwrap_or(false);
         Ok(Ask {
-            input: Input::Conversation { field: "query", messages: vec![message], variables: None },
+            input: Input::Conversation { field: "query", messages, variables: None },
             knobs,
             stream: self.stream.unwrap_or(false),
             held: None,
