@@ -48,6 +48,7 @@ check_build() {
 check_test() {
     need etcd-server "the real etcd that tests start, each on ports of its own" has etcd
     need python3-venv "holds the official OpenAI client, which tests/sdk runs" python3 -c 'import ensurepip, venv'
+    need redis-server "counts limits for several balancers in tests, each on a port of its own" has redis-server
     need curl "the line that 'tidegate up' offers is run as it stands" has curl
     need iproute2 "makes the networks in which tests lose whole hosts" has ip
     need procps "sends signals to processes under test" has kill
@@ -78,10 +79,10 @@ install() {
 elsewhere() {
     stop "This is neither Debian nor Ubuntu, so install these by hand, then run this again:" \
         "$(printf '  %s\n' "${reasons[@]}")" \
-        "  Fedora: dnf install gcc-c++ cmake pkgconf protobuf-compiler protobuf-devel python3-pip etcd curl iproute procps-ng" \
-        "  Arch:   pacman -S base-devel cmake protobuf python-pip curl iproute2 procps-ng, and etcd" \
-        "  Alpine: apk add build-base cmake pkgconf protobuf-dev py3-pip etcd curl iproute2 procps" \
-        "  macOS:  brew install cmake pkgconf protobuf python etcd"
+        "  Fedora: dnf install gcc-c++ cmake pkgconf protobuf-compiler protobuf-devel python3-pip etcd redis curl iproute procps-ng" \
+        "  Arch:   pacman -S base-devel cmake protobuf python-pip redis curl iproute2 procps-ng, and etcd" \
+        "  Alpine: apk add build-base cmake pkgconf protobuf-dev py3-pip etcd redis curl iproute2 procps" \
+        "  macOS:  brew install cmake pkgconf protobuf python etcd redis"
 }
 
 check_nextest() {

@@ -11,6 +11,7 @@ mod support;
 mod config;
 mod up;
 mod allowlist;
+mod limits;
 mod mtls;
 mod ca;
 mod reload;

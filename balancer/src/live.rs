@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     config::{BalancerConfig, UpstreamTls},
+    limits::{Rules, Shared},
     pool::{PoolView, Signal},
     record::Books,
     relay::{Budget, Relay},
@@ -37,6 +38,8 @@ pub(crate) struct Live {
     pub(crate) acceptor: Option<Acceptor>,
     pub(crate) relay: Relay,
     pub(crate) upstreams: Arc<Upstreams>,
+    /// Counts of all balancers together, where they are kept.
+    pub(crate) shared: Option<Arc<Shared>>,
 }
 
 /// Where it is found.
@@ -56,7 +59,19 @@ impl Live {
         };
         let upstreams = Upstreams::connect(&config.upstreams, IDLE_UPSTREAMS_PER_THREAD * config.threads)?;
         let acceptor = config.tls.as_ref().map(|tls| Acceptor::from_server_config(Arc::clone(&tls.config)));
-        Ok(Self { config, acceptor, relay, upstreams: Arc::new(upstreams) })
+        let shared = config.limits.quotas.shared.redis.clone().map(Shared::open);
+        Ok(Self { config, acceptor, relay, upstreams: Arc::new(upstreams), shared })
+    }
+}
+
+impl Live {
+    /// The limits in force.
+    pub(crate) fn rules(&self) -> Rules<'_> {
+        Rules {
+            quotas: &self.config.limits.quotas,
+            shared: self.shared.as_ref(),
+            life: self.config.relay.request_timeout,
+        }
     }
 }
 

@@ -51,6 +51,10 @@ pub(crate) struct Metrics {
     pub(crate) limited: IntCounterVec,
     /// Keys, tenants and addresses whose use is counted.
     pub(crate) limit_tabs: IntGauge,
+    /// Requests that were to be counted for all balancers together, by what became of it.
+    pub(crate) shared_calls: IntCounterVec,
+    /// Whether they can be.
+    pub(crate) shared_up: IntGauge,
     members: IntGaugeVec,
     panics: IntGaugeVec,
 }
@@ -91,6 +95,9 @@ impl Metrics {
             audit_failing: gauge(r, "audit_failing", "1 while the audit log cannot be written"),
             audit_sequence: gauge(r, "audit_sequence", "number of the newest audit record"),
             limited: counters(r, "rate_limited_total", "requests over a limit", &["scope", "kind"]),
+            shared_calls: counters(r, "shared_limits_total", "requests counted for all balancers", &["outcome"]),
+            shared_up: gauges(r, "shared_limits_up", "whether balancers count together", &[])
+                .with_label_values::<&str>(&[]),
             limit_tabs: gauges(r, "rate_limit_entries", "keys, tenants and addresses counted", &[])
                 .with_label_values::<&str>(&[]),
             members: gauges(r, "members", "members of the cluster", &["model", "state"]),
@@ -199,6 +206,7 @@ mod tests {
         metrics.retries.with_label_values(&["connect"]).inc();
         metrics.resumes.with_label_values(&["ended"]).inc();
         metrics.refused("allowlist").inc();
+        metrics.shared_calls.with_label_values(&["granted"]).inc();
         metrics.limited.with_label_values(&["key", "tokens"]).inc();
         metrics.reloads.with_label_values(&["applied"]).inc();
         metrics.audit_records.with_label_values(&["request"]).inc();
@@ -225,6 +233,8 @@ mod tests {
         tidegate_retries_total
         tidegate_sessions
         tidegate_sessions_bytes
+        tidegate_shared_limits_total
+        tidegate_shared_limits_up
         tidegate_time_to_first_token_seconds
         ");
     }

@@ -42,6 +42,8 @@ use crate::{
 
 /// From closing the sockets, or the last request's end, to counting: what was on its way then is a request by the end of it.
 const SETTLE: Duration = Duration::from_millis(50);
+/// How long the registry may take to hear that this balancer is gone; it finds out by itself.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the runtime may take to drop what is left after the drain.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -174,6 +176,9 @@ struct House {
     open: Arc<OpenRequests>,
     live: Current,
     books: Arc<Books>,
+    registry: Arc<dyn Registry>,
+    /// By which other balancers count this one.
+    id: String,
 }
 
 fn start(
@@ -208,11 +213,13 @@ fn start(
     let books = Arc::new(Books { metrics: Arc::clone(&metrics), audit, live: Arc::clone(&live) });
     let prober = Prober { live: Arc::clone(&live) };
     let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&books), remembered)
-        .run(registry, signals);
+        .run(Arc::clone(&registry), signals);
+    let (limits, id) = (Arc::new(Limits::new(&metrics)), format!("{:016x}", rand::random::<u64>()));
+    tokio::spawn(join(Arc::clone(&registry), id.clone(), Arc::clone(&limits)));
     let (closing, closed) = watch::channel(false);
     let (admin_closing, admin_closed) = watch::channel(false);
     let (entering, entered) = watch::channel(false);
-    let public = public_service(&books, &open);
+    let public = public_service(&books, limits, &open);
     tokio::spawn(live::follow(readings, Arc::clone(&live), Arc::clone(&pool), Arc::clone(&books)));
     let private = Admin { pool: Arc::clone(&pool), metrics, open: Arc::clone(&open) };
     let private = Service::new("admin".into(), private);
@@ -229,10 +236,23 @@ fn start(
         open,
         live,
         books,
+        registry,
+        id,
     })
 }
 
-fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secured<Edge>> {
+/// Tells the registry that this balancer is alive, and the limits how many are.
+async fn join(registry: Arc<dyn Registry>, id: String, limits: Arc<Limits>) {
+    let mut alive = registry.join(&id).await;
+    loop {
+        limits.count_balancers(*alive.borrow_and_update());
+        if alive.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn public_service(books: &Arc<Books>, limits: Arc<Limits>, open: &Arc<OpenRequests>) -> Service<Secured<Edge>> {
     let Books { live, metrics, .. } = &**books;
     let mut options = HttpServerOptions::default();
     options.h2_idle_timeout = Some(live.load().config.limits.idle_timeout);
@@ -241,7 +261,7 @@ fn public_service(books: &Arc<Books>, open: &Arc<OpenRequests>) -> Service<Secur
         doors: Arc::clone(&doors),
         live: Arc::clone(live),
         places: Places::default(),
-        limits: Arc::new(Limits::new(metrics)),
+        limits,
         metrics: Arc::clone(metrics),
         books: Arc::clone(books),
         cache: Arc::default(),
@@ -343,7 +363,9 @@ impl House {
         self.record("drain", &json!({"open": self.open.count()}));
         self.open.drain();
         self.closing.send_replace(true);
-        match timeout(grace, self.settled()).await {
+        let (settled, _) =
+            tokio::join!(timeout(grace, self.settled()), timeout(GOODBYE_TIMEOUT, self.registry.leave(&self.id)));
+        match settled {
             Ok(()) => info!("balancer leaves, every request has ended"),
             Err(_) => warn!(cut = self.open.count(), "balancer leaves, requests are cut short"),
         }

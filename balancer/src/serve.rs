@@ -197,7 +197,7 @@ impl Edge {
         if route == Ok(Route::Health) {
             return Ok(self.health(live, session, record).await);
         }
-        self.limits.knock(&limits.quotas, &mut record.ctx)?;
+        self.limits.knock(live.rules(), &mut record.ctx)?;
         if let Some(auth) = &live.config.auth {
             let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now()).await?);
             if let Ok(route) = route {
@@ -213,7 +213,10 @@ impl Edge {
         let _place = self.places.enter(limits.concurrent_requests_max)?;
         let route = route?;
         let is_generation = matches!(route, Route::Generation(_));
-        let account = self.limits.enter(is_generation, &limits.quotas, &mut record.ctx)?;
+        let mut account = self.limits.enter(is_generation, live.rules(), &mut record.ctx)?;
+        if !is_generation {
+            account.reserve(0, live.rules(), &mut record.ctx).await?;
+        }
         match route {
             Route::Health => Ok(self.health(live, session, record).await),
             Route::Models => Ok(self.models(live, session, record).await),
@@ -261,7 +264,6 @@ impl Edge {
         record: &mut Record,
         mut account: Account,
     ) -> Result<Ended, ApiError> {
-        let quotas = &live.config.limits.quotas;
         let body = match limits::read_body(session, &live.config.limits).await {
             Ok(body) => body,
             Err(BodyError::Refused(error)) => return Err(error),
@@ -281,13 +283,15 @@ impl Edge {
         };
         let found = self.look(live, session, path, record, &body, &wish)?;
         if let Found::Hit(kept) = found {
+            account.reserve(0, live.rules(), &mut record.ctx).await?;
             record.answered(200);
             self.remember(live, dialogue.map(|(key, _)| key), &kept.body, wish, record);
             let answer = Answer { media_type: kept.media_type.into(), ..Answer::json(200, kept.body) };
             return Ok(answer::write(session, record.ctx.stamp(), None, answer).await.into());
         }
         let body_bytes = body.len();
-        account.reserve(wish.tokens_estimate(body_bytes, quotas.answer_tokens), quotas, &mut record.ctx)?;
+        let estimate = wish.tokens_estimate(body_bytes, live.config.limits.quotas.answer_tokens);
+        account.reserve(estimate, live.rules(), &mut record.ctx).await?;
         if dialogue.is_some() {
             record.ctx.copy_bytes_max = record.ctx.copy_bytes_max.max(live.config.sessions.answer_bytes_max());
         }

@@ -70,6 +70,30 @@ fn shows(view: &View, link: Link, ids: &[&str]) -> bool {
 }
 
 #[tokio::test]
+async fn balancers_count_each_other_while_they_live() {
+    if !is_installed() {
+        return;
+    }
+    let etcd = Etcd::start();
+    let (one, other) = (registry(&etcd), registry(&etcd));
+    let (mut alive, _other_sees) = (one.join("b1").await, other.join("b2").await);
+    let mut until = async |count: usize| {
+        let waited = timeout(Duration::from_secs(10), alive.wait_for(|alive| *alive == count)).await.map(drop);
+        assert!(waited.is_ok(), "{} are counted", *alive.borrow());
+    };
+    until(2).await;
+    assert_eq!(*one.watch().borrow(), View::default(), "balancers are no nodes");
+    other.leave("b2").await;
+    until(1).await;
+    // one that died leaves with its lease
+    let died = registry(&etcd);
+    let _sees = died.join("b3").await;
+    until(2).await;
+    drop((died, _sees));
+    until(1).await;
+}
+
+#[tokio::test]
 async fn a_node_is_seen_changed_and_gone_at_once_when_withdrawn() {
     if !is_installed() {
         return;

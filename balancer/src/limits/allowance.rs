@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::{
     ledger::{Charge, Ledger},
     quota::{Kind, Scope},
+    rate::{self, Rate},
 };
 
 /// How much of one limit is left.
@@ -33,7 +34,21 @@ impl Allowance {
         Self { requests: least(Kind::Requests), tokens: least(Kind::Tokens) }
     }
 
-    /// The tighter ones of both; of one kind that both know, this is the newer.
+    /// The same where it was counted elsewhere: what each has used of requests and tokens.
+    pub(super) fn of_used(charges: &[Charge], used: &[[f64; 2]]) -> Self {
+        let least = |kind: usize, rate_of: fn(&Charge) -> Option<Rate>| {
+            let own = charges.iter().zip(used).filter(|(charge, _)| charge.who.scope() != Scope::Total);
+            own.filter_map(|(charge, used)| {
+                let (rate, used) = (rate_of(charge)?, used[kind]);
+                let left = (rate.burst - used).max(0.0);
+                Some(Left { limit: rate.burst, left, reset: rate::seconds(used / rate.per_second) })
+            })
+            .reduce(tighter)
+        };
+        Self { requests: least(0, |charge| charge.quota.requests), tokens: least(1, |charge| charge.quota.tokens) }
+    }
+
+    /// The tighter ones of both.
     pub(super) fn and(self, earlier: Option<Box<Self>>) -> Option<Box<Self>> {
         let earlier = earlier.map(|earlier| *earlier).unwrap_or_default();
         let both = |now: Option<Left>, then: Option<Left>| now.into_iter().chain(then).reduce(tighter);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use tidegate_common::config::Reader;
 
-use super::rate::Rate;
+use super::{rate::Rate, shared::SharedConfig};
 use crate::auth::KeyLimits;
 
 /// Whose use is counted.
@@ -172,8 +172,8 @@ pub(crate) struct Quotas {
     pub(crate) total: Quota,
     /// What a request that sets no bound of its own is reserved for its answer, in tokens.
     pub(crate) answer_tokens: u32,
-    /// How many balancers share the limits.
-    pub(crate) balancers: usize,
+    /// Whether and how several balancers count together.
+    pub(crate) shared: SharedConfig,
     /// How many keys, tenants and addresses are counted at once.
     pub(crate) tracked_max: usize,
 }
@@ -188,7 +188,7 @@ impl Quotas {
             per_address: section(Scope::Address),
             total: section(Scope::Total),
             answer_tokens: r.in_range("reserve_tokens", 0..=1_000_000, 512),
-            balancers: r.section("shared").in_range("balancers", 1..=10_000, 1),
+            shared: SharedConfig::read(&r.section("shared")),
             tracked_max: r.in_range("max_tracked", 16..=100_000_000, 100_000),
         }
     }

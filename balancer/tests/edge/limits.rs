@@ -25,8 +25,8 @@ fn keys() -> NamedTempFile {
 
 /// An answer as far as limits go.
 #[derive(Debug)]
-struct Told {
-    status: u16,
+pub(crate) struct Told {
+    pub(crate) status: u16,
     headers: reqwest::header::HeaderMap,
     body: String,
 }
@@ -37,27 +37,27 @@ impl Told {
         Self { status, headers, body: response.text().await.unwrap() }
     }
 
-    fn header(&self, name: &str) -> &str {
+    pub(crate) fn header(&self, name: &str) -> &str {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
-    fn number(&self, name: &str) -> i64 {
+    pub(crate) fn number(&self, name: &str) -> i64 {
         self.header(name).parse().unwrap_or_else(|_| panic!("{name} in {self:?}"))
     }
 
-    fn code(&self) -> String {
+    pub(crate) fn code(&self) -> String {
         let body: Value = serde_json::from_str(&self.body).unwrap();
         body["error"]["code"].as_str().unwrap().to_owned()
     }
 }
 
-async fn ask(house: &House, key: &str, body: &Value) -> Told {
+pub(crate) async fn ask(house: &House, key: &str, body: &Value) -> Told {
     let request = house.client.post(house.url(CHAT)).bearer_auth(key).body(body.to_string());
     Told::of(request.send().await.unwrap()).await
 }
 
 /// An answer to a prompt of 300 tokens, of three tokens itself.
-fn long_prompt() -> Vec<Act> {
+pub(crate) fn long_prompt() -> Vec<Act> {
     let mut prompt = Vec::new();
     event::write(&mut prompt, Some(&EventId::Prompt(300)), None, None);
     vec![Act::Head, Act::Send(prompt), tokens(0, &[1, 2, 3], "abc"), end("[DONE]"), Act::Finish]

@@ -19,3 +19,4 @@ mod transport;
 mod audit;
 mod limits;
 mod strict;
+mod shared;

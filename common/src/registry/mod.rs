@@ -61,6 +61,15 @@ pub trait Registry: Send + Sync + 'static {
     async fn drained(&self, _id: &NodeId) -> watch::Receiver<bool> {
         watch::channel(false).1
     }
+
+    /// Says that a balancer of this id is alive, until it leaves or its process ends; and how many are, itself among them. That is 0
+    /// until it is known, and where the store counts nobody.
+    async fn join(&self, _id: &str) -> watch::Receiver<usize> {
+        watch::channel(0).1
+    }
+
+    /// The balancer of this id is leaving. Waits a bounded time until the store has confirmed it.
+    async fn leave(&self, _id: &str) {}
 }
 
 /// The registry that the configuration names.

@@ -204,7 +204,6 @@ impl Shared {
     }
 
     fn failed(&self, error: &dyn fmt::Display) {
-        eprintln!("DEBUG {error}");
         if self.failures.fetch_add(1, Relaxed) + 1 == FAILURES_MAX {
             warn!(%error, "redis does not answer; each balancer grants its share of the limits");
             self.connection.store(None);
@@ -259,7 +258,6 @@ async fn keep(shared: Weak<Shared>) {
                 wait_for_loss(this, &shared).await;
             }
             Err(error) => {
-                eprintln!("DEBUG connect {error}");
                 if pause == PAUSE_FIRST {
                     warn!(%error, "redis is out of reach; each balancer grants its share of the limits");
                 }

@@ -9,13 +9,12 @@ use tokio::{sync::watch, time};
 use tracing::{debug, info, warn};
 
 use super::link::{Backoff, Dialer, LinkError, jittered};
-use crate::contract::NodeRecord;
 
 /// Keeps one key until it is told to let go.
 pub(super) struct Keeper {
     dialer: Arc<Dialer>,
     key: String,
-    wanted: watch::Receiver<Option<NodeRecord>>,
+    wanted: watch::Receiver<Option<Vec<u8>>>,
     client: Option<Client>,
     lease: Option<i64>,
     backoff: Backoff,
@@ -42,7 +41,7 @@ enum Beat {
 
 impl Keeper {
     /// Keeps `key` at the value `wanted` holds; `None` there takes it out.
-    pub(super) fn new(dialer: Arc<Dialer>, key: String, wanted: watch::Receiver<Option<NodeRecord>>) -> Self {
+    pub(super) fn new(dialer: Arc<Dialer>, key: String, wanted: watch::Receiver<Option<Vec<u8>>>) -> Self {
         Self { dialer, key, wanted, client: None, lease: None, backoff: Backoff::new() }
     }
 
@@ -113,7 +112,7 @@ impl Keeper {
                 Beat::Stands => {}
                 Beat::Expired => return Ok(()),
                 Beat::Displaced => {
-                    warn!(key = self.key, "someone else changed this key; does another node have the same id?");
+                    warn!(key = self.key, "someone else changed this key; does another process have the same id?");
                     self.put(client, lease).await?;
                 }
             }
@@ -135,8 +134,7 @@ impl Keeper {
     }
 
     fn value(&mut self) -> Option<Vec<u8>> {
-        let record = self.wanted.borrow_and_update();
-        record.as_ref().map(|record| serde_json::to_vec(record).expect("a node record is always JSON"))
+        self.wanted.borrow_and_update().clone()
     }
 
     /// Revokes the lease, and the key goes with it. The key itself is not deleted by name: a successor of the same id may have put it

@@ -12,10 +12,12 @@ mod link;
 mod follow;
 mod keep;
 mod drain;
+mod balancers;
 
 use std::{collections::HashMap, sync::Arc, thread};
 
 use async_trait::async_trait;
+use serde_json::json;
 use tokio::{
     runtime,
     sync::{Notify, mpsc, oneshot, watch},
@@ -35,7 +37,8 @@ pub use drain::{OrderError, Ordered, order};
 /// Announcements that may wait for the registry's thread; it takes each at once, so this is only a bound.
 const COMMANDS_MAX: usize = 64;
 
-/// Nodes under `/tidegate/v1/{cluster}/nodes/`, orders to drain them under `/tidegate/v1/{cluster}/drain/`.
+/// Nodes under `/tidegate/v1/{cluster}/nodes/`, orders to drain them under `/tidegate/v1/{cluster}/drain/`, balancers under
+/// `/tidegate/v1/{cluster}/balancers/`.
 #[derive(Debug)]
 pub struct EtcdRegistry {
     commands: mpsc::Sender<Command>,
@@ -48,6 +51,8 @@ enum Command {
     Announce(NodeRecord),
     Withdraw(NodeId, oneshot::Sender<()>),
     FollowDrain(NodeId, watch::Sender<bool>),
+    Join(String, watch::Sender<usize>),
+    Leave(String, oneshot::Sender<()>),
 }
 
 /// The keys of one cluster.
@@ -67,6 +72,15 @@ impl Keys {
     /// What the keys of all drains begin with.
     fn drains(&self) -> String {
         format!("{}/drain/", self.0)
+    }
+
+    /// What the keys of all balancers begin with.
+    fn balancers(&self) -> String {
+        format!("{}/balancers/", self.0)
+    }
+
+    fn balancer(&self, id: &str) -> String {
+        format!("{}{id}", self.balancers())
     }
 
     fn node(&self, id: &NodeId) -> String {
@@ -129,6 +143,18 @@ impl Registry for EtcdRegistry {
         let _ = self.commands.send(Command::FollowDrain(id.clone(), drained)).await;
         says
     }
+
+    async fn join(&self, id: &str) -> watch::Receiver<usize> {
+        let (alive, says) = watch::channel(0);
+        let _ = self.commands.send(Command::Join(id.to_owned(), alive)).await;
+        says
+    }
+
+    async fn leave(&self, id: &str) {
+        let (reply, done) = oneshot::channel();
+        let _ = self.commands.send(Command::Leave(id.to_owned(), reply)).await;
+        let _ = done.await;
+    }
 }
 
 /// Who runs what on the registry's thread.
@@ -137,12 +163,13 @@ struct Supervisor {
     keys: Keys,
     view: watch::Sender<View>,
     watched: Arc<Notify>,
-    kept: HashMap<NodeId, Kept>,
+    /// By their keys.
+    kept: HashMap<String, Kept>,
 }
 
 /// One key that a task keeps in etcd; `None` asks the task to take it out and end.
 struct Kept {
-    wanted: watch::Sender<Option<NodeRecord>>,
+    wanted: watch::Sender<Option<Vec<u8>>>,
     task: JoinHandle<()>,
 }
 
@@ -151,8 +178,16 @@ impl Supervisor {
         tokio::spawn(Self::follow(Arc::clone(&self.watched), self.follower()));
         while let Some(command) = inbox.recv().await {
             match command {
-                Command::Announce(record) => self.announce(record),
-                Command::Withdraw(id, reply) => self.withdraw(&id, reply),
+                Command::Announce(record) => {
+                    let value = serde_json::to_vec(&record).expect("a node record is always JSON");
+                    self.announce(self.keys.node(&record.id), value);
+                }
+                Command::Withdraw(id, reply) => self.withdraw(&self.keys.node(&id), reply),
+                Command::Join(id, alive) => {
+                    self.announce(self.keys.balancer(&id), json!({"v": 1, "id": id}).to_string().into_bytes());
+                    tokio::spawn(balancers::count(Arc::clone(&self.dialer), self.keys.balancers(), alive));
+                }
+                Command::Leave(id, reply) => self.withdraw(&self.keys.balancer(&id), reply),
                 Command::FollowDrain(id, drained) => {
                     tokio::spawn(drain::follow(Arc::clone(&self.dialer), self.keys.drain(&id), drained));
                 }
@@ -170,19 +205,18 @@ impl Supervisor {
         follower.run().await;
     }
 
-    fn announce(&mut self, record: NodeRecord) {
-        if let Some(kept) = self.kept.get(&record.id) {
-            kept.wanted.send_replace(Some(record));
+    fn announce(&mut self, key: String, value: Vec<u8>) {
+        if let Some(kept) = self.kept.get(&key) {
+            kept.wanted.send_replace(Some(value));
             return;
         }
-        let (id, key) = (record.id.clone(), self.keys.node(&record.id));
-        let (wanted, orders) = watch::channel(Some(record));
-        let task = tokio::spawn(Keeper::new(Arc::clone(&self.dialer), key, orders).run());
-        self.kept.insert(id, Kept { wanted, task });
+        let (wanted, orders) = watch::channel(Some(value));
+        let task = tokio::spawn(Keeper::new(Arc::clone(&self.dialer), key.clone(), orders).run());
+        self.kept.insert(key, Kept { wanted, task });
     }
 
-    fn withdraw(&mut self, id: &NodeId, reply: oneshot::Sender<()>) {
-        let Some(kept) = self.kept.remove(id) else {
+    fn withdraw(&mut self, key: &str, reply: oneshot::Sender<()>) {
+        let Some(kept) = self.kept.remove(key) else {
             let _ = reply.send(());
             return;
         };
