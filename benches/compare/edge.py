@@ -95,6 +95,8 @@ class Upstream(asyncio.Protocol):
         due = time.monotonic()
         self.transport.write(STREAM_HEAD)
         for offset in range(self.events):
+            if self.transport.is_closing():
+                return
             name = b"id: 0:%d:%d\n" % (offset, 1000 + offset) if of_node else b""
             self.transport.write(chunk(name + DATA % time.monotonic()))
             due += self.interval
@@ -120,7 +122,7 @@ class Proxy:
     @contextlib.contextmanager
     def running(self, folder):
         for name, text in self.files.items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text.replace("{folder}", str(folder)))
             (folder / name).chmod(0o600)
         command = ["taskset", "-c", str(PROXY_CORE), *[str(word).replace("{folder}", str(folder)) for word in self.command]]
         with (folder / f"{self.name}.log").open("w") as log:
@@ -201,7 +203,7 @@ def nginx():
 daemon off; worker_processes 1; pid {{folder}}/nginx.pid; error_log {{folder}}/nginx.err;
 events {{ worker_connections 8192; }}
 http {{
-  access_log {{folder}}/nginx.access buffer=64k; client_body_temp_path {{folder}}/body; proxy_temp_path {{folder}}/proxy;
+  access_log {{folder}}/nginx.access combined buffer=64k; client_body_temp_path {{folder}}/body; proxy_temp_path {{folder}}/proxy;
   fastcgi_temp_path {{folder}}/f; uwsgi_temp_path {{folder}}/u; scgi_temp_path {{folder}}/s; keepalive_requests 1000000;
   upstream node {{ server 127.0.0.1:{UPSTREAM_PORT}; keepalive 512; keepalive_requests 1000000; }}
   server {{
