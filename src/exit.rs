@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use tidegate_balancer::RunError;
-use tidegate_common::{config::Problems, registry::OpenError};
+use tidegate_common::{config::Problems, registry::OpenError, trace::TelemetryError};
 use tidegate_node::{
     RunError as NodeError,
     models::{InvalidRef, ModelError},
@@ -114,9 +114,16 @@ impl From<RunError> for Failure {
                 "{error}\n  fix: name a folder that this user may write, or remove [balancer.audit]"
             )),
             RunError::UpgradeSocket { .. } => Self::usage(error.to_string()),
+            RunError::Telemetry(_) => Self::usage(error.to_string()),
             RunError::Tls(_) => Self::usage(error.to_string()),
             RunError::Setup(_) | RunError::Ended(_) => Self::internal(error.to_string()),
         }
+    }
+}
+
+impl From<TelemetryError> for Failure {
+    fn from(error: TelemetryError) -> Self {
+        Self::usage(error.to_string())
     }
 }
 

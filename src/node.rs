@@ -8,6 +8,7 @@ use tidegate_common::{
     registry,
     shutdown::{self, Trigger},
     telemetry,
+    trace::Tracer,
 };
 use tidegate_node::{NodeConfig, models::ModelRef};
 
@@ -63,17 +64,23 @@ pub(crate) fn run(args: Args) -> Result<(), Failure> {
     }
     telemetry::init(&log);
     let registry = registry::open(&cluster)?;
+    let tracer = Tracer::open(&cluster.telemetry, "node", config.id.as_str())?;
+    let kept = tracer.clone();
     let (trigger, drain) = shutdown::channel();
-    tokio::runtime::Builder::new_multi_thread()
+    let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|e| Failure::internal(format!("cannot set up the runtime: {e}")))?
         .block_on(async {
             tokio::select! {
-                outcome = tidegate_node::run(config, registry, drain) => outcome.map_err(Failure::from),
+                outcome = tidegate_node::run(config, registry, tracer, drain) => outcome.map_err(Failure::from),
                 failure = stopped(trigger, holds_on_to_stdin) => Err(failure),
             }
-        })
+        });
+    if let Some(tracer) = kept {
+        tracer.close();
+    }
+    outcome
 }
 
 fn lay_over(raw: Raw, args: Args) -> Raw {

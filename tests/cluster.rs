@@ -18,6 +18,7 @@ mod reload;
 mod credentials;
 mod upgrade;
 mod audit;
+mod trace;
 mod failover;
 mod alike;
 mod foreign;

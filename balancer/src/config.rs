@@ -140,9 +140,10 @@ pub(crate) struct EdgeTls {
 
 impl BalancerConfig {
     /// Sections and keys that hold from a start to the end; all others a reload may change.
-    pub const FIXED: [&str; 9] = [
+    pub const FIXED: [&str; 10] = [
         "cluster",
         "log",
+        "telemetry",
         "balancer.listen",
         "balancer.admin",
         "balancer.audit",

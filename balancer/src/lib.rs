@@ -7,7 +7,7 @@
 //! shows its credential in `auth`, is judged by `policy`, takes its place in `limits`, is told in `body` and `route` which model it wants,
 //! goes on with the dialogue that `sessions` remembers, is answered by `cache` if it was before, and
 //! is carried by `relay` to the node that `pick` chose, and on to the next when that one is lost. `answer` writes what the edge says itself, and `record` makes
-//! exactly one terminal record of it all, which `audit` keeps where the configuration names a folder.
+//! exactly one terminal record of it all, which `journal` shows as a trace and `audit` keeps where the configuration names a folder.
 //!
 //! Beside the request: `discover` follows the registry, or what is `remembered` of it, and `health` probes each member; both feed `pool`,
 //! whose one writer publishes immutable snapshots; `upstreams` are the members that are none of ours. `live` is the configuration in force,
@@ -41,6 +41,7 @@ mod pick;
 mod relay;
 mod answer;
 mod record;
+mod journal;
 pub mod audit;
 mod discover;
 mod remembered;

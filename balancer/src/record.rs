@@ -9,8 +9,9 @@ use pingora::protocols::http::ServerSession;
 use prometheus::IntGauge;
 use serde::Serialize;
 use tidegate_common::{
-    contract::{ApiError, paths},
-    ids::NodeId,
+    contract::{ApiError, headers, paths},
+    ids::{NodeId, RequestId},
+    trace::Tracer,
 };
 use tokio::time::Instant;
 use tracing::info;
@@ -18,6 +19,7 @@ use tracing::info;
 use crate::{
     audit::{self, Audit, Place},
     ctx::RequestCtx,
+    journal::Journal,
     live::Current,
     metrics::Metrics,
 };
@@ -29,12 +31,15 @@ const CLIENT_TEXT_MAX: usize = 256;
 pub(crate) struct Books {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) audit: Option<Arc<Audit>>,
+    pub(crate) tracer: Option<Arc<Tracer>>,
     pub(crate) live: Current,
 }
 
 /// What is known of a request so far; the whole of it when dropped.
 pub(crate) struct Record {
     books: Arc<Books>,
+    /// Its way, where traces are exported.
+    pub(crate) journal: Option<Box<Journal>>,
     /// Held for the audit log's record of it.
     place: Option<Place>,
     /// What was asked, where the audit log is to have it.
@@ -70,6 +75,7 @@ impl Record {
         books.metrics.open_requests.inc();
         Self {
             books: Arc::clone(books),
+            journal: None,
             place: None,
             body: None,
             bytes: (0, 0),
@@ -94,6 +100,16 @@ impl Record {
             self.place = audit.admit()?;
         }
         Ok(())
+    }
+
+    /// Begins its trace, where traces are exported; a request without an id of its own has the trace's.
+    pub(crate) fn trace(&mut self, session: &ServerSession) {
+        let Some(tracer) = &self.books.tracer else { return };
+        let journal = Journal::begin(tracer, session);
+        if session.get_header(headers::REQUEST_ID).is_none() {
+            self.ctx.id = RequestId::of_trace(journal.trace());
+        }
+        self.journal = Some(Box::new(journal));
     }
 
     /// What the client asks, whole.
@@ -126,12 +142,20 @@ impl Record {
     pub(crate) fn retried(&mut self, why: &str) {
         self.retries += 1;
         self.books.metrics.retries.with_label_values(&[why]).inc();
+        self.moved("retry", why);
     }
 
     /// Another node takes the stream up.
     pub(crate) fn resumed(&mut self, why: &str) {
         self.resumes += 1;
         self.books.metrics.resumes.with_label_values(&[why]).inc();
+        self.moved("resume", why);
+    }
+
+    fn moved(&mut self, kind: &'static str, why: &str) {
+        if let Some(journal) = &mut self.journal {
+            journal.moved(kind, why);
+        }
     }
 
     /// One more open stream, until the guard is dropped.
@@ -146,13 +170,17 @@ impl Drop for Record {
         let duration = self.ctx.started.elapsed();
         let ttft = self.first_token.map(|at| at.duration_since(self.ctx.started));
         self.count(duration, ttft);
-        let place = self.place.take();
-        let entry = self.entry(duration, ttft);
+        let (place, journal) = (self.place.take(), self.journal.take());
+        let mut entry = self.entry(duration, ttft);
+        entry.trace = journal.as_ref().map(|journal| format!("{:032x}", journal.trace()));
         if self.books.live.load().config.access_log {
             entry.log();
         }
         if let Some(audit) = self.books.audit.as_ref().filter(|_| self.is_for_audit()) {
             audit.record("request", &entry, place);
+        }
+        if let Some(journal) = journal {
+            journal.export(&entry, self.ctx.started);
         }
     }
 }
@@ -179,6 +207,7 @@ impl Record {
         let shortened = |text: &str| text.chars().take(CLIENT_TEXT_MAX).collect::<String>();
         Entry {
             request_id: ctx.id.as_str(),
+            trace: None,
             client: ctx.client,
             http: ctx.http,
             tls: ctx.tls.as_ref().map(|tls| &*tls.version),
@@ -214,45 +243,47 @@ fn milliseconds(time: Duration) -> f64 {
 
 /// A request as it is logged and recorded.
 #[derive(Serialize)]
-struct Entry<'a> {
-    request_id: &'a str,
+pub(crate) struct Entry<'a> {
+    pub(crate) request_id: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    client: Option<IpAddr>,
-    http: &'static str,
+    pub(crate) trace: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    tls: Option<&'a str>,
-    method: &'a str,
-    path: &'static str,
+    pub(crate) client: Option<IpAddr>,
+    pub(crate) http: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    target: Option<String>,
+    pub(crate) tls: Option<&'a str>,
+    pub(crate) method: &'a str,
+    pub(crate) path: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    agent: Option<String>,
+    pub(crate) target: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) agent: Option<String>,
     #[serde(skip_serializing_if = "str::is_empty")]
-    model: &'a str,
+    pub(crate) model: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    owner: Option<&'a str>,
+    pub(crate) owner: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    credential: Option<String>,
+    pub(crate) credential: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    node: Option<&'a str>,
-    status: u16,
-    reason: &'static str,
+    pub(crate) node: Option<&'a str>,
+    pub(crate) status: u16,
+    pub(crate) reason: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
-    cache: Option<&'static str>,
-    retries: u32,
-    resumes: u32,
+    pub(crate) cache: Option<&'static str>,
+    pub(crate) retries: u32,
+    pub(crate) resumes: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
-    prompt_tokens: Option<u32>,
-    tokens: usize,
-    bytes_in: usize,
-    bytes_out: usize,
-    duration_ms: f64,
+    pub(crate) prompt_tokens: Option<u32>,
+    pub(crate) tokens: usize,
+    pub(crate) bytes_in: usize,
+    pub(crate) bytes_out: usize,
+    pub(crate) duration_ms: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    upstream_ms: Option<f64>,
+    pub(crate) upstream_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    ttft_ms: Option<f64>,
+    pub(crate) ttft_ms: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    body: Option<Cow<'a, str>>,
+    pub(crate) body: Option<Cow<'a, str>>,
 }
 
 impl Entry<'_> {
@@ -260,6 +291,7 @@ impl Entry<'_> {
     fn log(&self) {
         info!(
             request_id = self.request_id,
+            trace = self.trace,
             client = self.client.map(tracing::field::display),
             http = self.http,
             tls = self.tls,

@@ -11,7 +11,14 @@ use pingora::{
     services::{Service as _, listening::Service},
 };
 use serde_json::json;
-use tidegate_common::{config::ClusterConfig, registry::Registry, shutdown::Shutdown, systemd, tls::TlsError};
+use tidegate_common::{
+    config::ClusterConfig,
+    registry::Registry,
+    shutdown::Shutdown,
+    systemd,
+    tls::TlsError,
+    trace::{TelemetryError, Tracer},
+};
 use tokio::{
     runtime::Runtime,
     sync::watch,
@@ -94,6 +101,9 @@ pub enum RunError {
         /// Why not.
         source: io::Error,
     },
+    /// Traces cannot be exported.
+    #[error(transparent)]
+    Telemetry(#[from] TelemetryError),
     /// The audit log cannot be written.
     #[error("balancer.audit.dir: {}: {source}", path.display())]
     Audit {
@@ -138,7 +148,10 @@ pub(crate) fn serve(
         .map_err(RunError::Setup)?;
     let metrics = Arc::new(Metrics::new());
     let audit = open_audit(&balancer.config, &metrics)?;
-    let started = start(&runtime, balancer, cluster, registry, metrics, audit.clone());
+    let instance = balancer.service.iter().find_map(|socket| socket.local_addr().ok()).map(|a| a.to_string());
+    let tracer = Tracer::open(&cluster.telemetry, "balancer", &instance.unwrap_or_default())?;
+    let kept = Kept { metrics, audit: audit.clone(), tracer: tracer.clone() };
+    let started = start(&runtime, balancer, cluster, registry, kept);
     let outcome = started.and_then(|house| runtime.block_on(house.live(shutdown)));
     runtime.shutdown_timeout(LEAVE_TIMEOUT);
     // after the last request: those that were cut have their records too
@@ -150,7 +163,17 @@ pub(crate) fn serve(
         );
         audit.close();
     }
+    if let Some(tracer) = tracer {
+        tracer.close();
+    }
     outcome
+}
+
+/// What is opened before the runtime and closed after it.
+struct Kept {
+    metrics: Arc<Metrics>,
+    audit: Option<Arc<Audit>>,
+    tracer: Option<Arc<Tracer>>,
 }
 
 fn open_audit(config: &BalancerConfig, metrics: &Arc<Metrics>) -> Result<Option<Arc<Audit>>, RunError> {
@@ -186,8 +209,7 @@ fn start(
     balancer: Balancer,
     cluster: &ClusterConfig,
     registry: Arc<dyn Registry>,
-    metrics: Arc<Metrics>,
-    audit: Option<Arc<Audit>>,
+    Kept { metrics, audit, tracer }: Kept,
 ) -> Result<House, RunError> {
     let _within = runtime.enter();
     let Balancer { config, service, admin, readings, reloads: _, predecessor, is_upgradable } = balancer;
@@ -210,7 +232,7 @@ fn start(
     let remembered = Remembered::open(&config.members_file, cluster);
     metrics.show_certificates(&config);
     let live = Arc::new(ArcSwap::from_pointee(Live::new(config, &pool)?));
-    let books = Arc::new(Books { metrics: Arc::clone(&metrics), audit, live: Arc::clone(&live) });
+    let books = Arc::new(Books { metrics: Arc::clone(&metrics), audit, tracer, live: Arc::clone(&live) });
     let prober = Prober { live: Arc::clone(&live) };
     let discover = Discover::new(rules, Arc::clone(&pool), Arc::new(prober), Arc::clone(&books), remembered)
         .run(Arc::clone(&registry), signals);

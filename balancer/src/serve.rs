@@ -172,6 +172,7 @@ impl Edge {
         let judged = strict::judge(session);
         let live = self.live.load_full();
         let mut record = Record::new(&self.books, RequestCtx::of(session, &live.config.trusted));
+        record.trace(session);
         let outcome = match judged.and_then(|()| record.admit()) {
             Ok(()) => self.stages(&live, session, &mut record).await,
             Err(error) => Err(error),

@@ -143,6 +143,11 @@ impl RequestId {
         Self(format!("{:032x}", rand::rng().random::<u128>()))
     }
 
+    /// The id of a request without one of its own whose way is traced: the trace's number.
+    pub fn of_trace(trace: u128) -> Self {
+        Self(format!("{trace:032x}"))
+    }
+
     /// The client's own id when it is short and printable, else a new one.
     pub fn from_client(given: Option<&str>) -> Self {
         match given {

@@ -15,3 +15,4 @@ pub mod shutdown;
 pub mod reload;
 pub mod systemd;
 pub mod telemetry;
+pub mod trace;

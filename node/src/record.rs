@@ -2,8 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::atomic::Ordering::Relaxed,
-    time::{Duration, Instant},
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::{Duration, Instant, SystemTime},
 };
 
 use prometheus::{
@@ -13,6 +13,7 @@ use prometheus::{
 use tidegate_common::{
     contract::{ApiError, ErrorKind},
     ids::RequestId,
+    trace::{Context, KeyValue, Span, Tracer, operation},
 };
 use tracing::info;
 
@@ -286,6 +287,20 @@ fn preemptions_by_reason(stats: &Stats) -> IntCounterVec {
     counters
 }
 
+/// A request's place in a trace.
+#[derive(Debug)]
+pub struct Traced {
+    tracer: Arc<Tracer>,
+    context: Context,
+}
+
+impl Traced {
+    /// This place, exported by that one.
+    pub fn new(tracer: &Arc<Tracer>, context: Context) -> Self {
+        Self { tracer: Arc::clone(tracer), context }
+    }
+}
+
 /// One request's record; written when it is dropped.
 pub struct Record {
     metrics: Metrics,
@@ -295,6 +310,9 @@ pub struct Record {
     path: String,
     id: RequestId,
     arrived: Instant,
+    traced: Option<Traced>,
+    /// When its first step began.
+    begun: Option<Instant>,
     first_token: Option<Instant>,
     /// When each choice's newest token came.
     newest_tokens: HashMap<u32, Instant>,
@@ -316,6 +334,8 @@ impl Record {
             path: path.to_owned(),
             id: id.clone(),
             arrived,
+            traced: None,
+            begun: None,
             first_token: None,
             newest_tokens: HashMap::new(),
             prompt_tokens: 0,
@@ -325,6 +345,23 @@ impl Record {
             code: None,
             outcome: Outcome::ClientLeft,
         }
+    }
+
+    /// It has this place in a trace.
+    #[must_use]
+    pub fn traced(mut self, traced: Option<Traced>) -> Self {
+        self.traced = traced;
+        self
+    }
+
+    /// Its first step began then, as far as that is known.
+    pub fn begun(&mut self, at: Option<Instant>) {
+        self.begun = at;
+    }
+
+    /// Whether it has any token.
+    pub fn has_tokens(&self) -> bool {
+        self.first_token.is_some()
     }
 
     /// It is refused.
@@ -376,6 +413,48 @@ impl Record {
         self.outcome = outcome;
     }
 
+    /// The request and its parts as spans: in the queue, until its first token, and from there to the end.
+    fn export(&self, Traced { tracer, context }: &Traced, total: Duration) {
+        let ended = SystemTime::now();
+        let time = |at: Instant| ended.checked_sub(at.elapsed()).unwrap_or(ended);
+        let began = ended.checked_sub(total).unwrap_or(ended);
+        let parts = [
+            ("queue", Some(began), self.begun.map(time)),
+            ("prefill", self.begun.map(time), self.first_token.map(time)),
+            ("decode", self.first_token.map(time), Some(ended)),
+        ];
+        for (name, from, to) in parts {
+            if let (Some(from), Some(to)) = (from, to) {
+                tracer.export(context, Span::part(name, context.span, from, to));
+            }
+        }
+        let operation = operation(&self.path);
+        let name = operation.map_or_else(|| self.path.clone(), |operation| format!("{operation} {}", self.model));
+        let mut whole = Span::request(name, context, began, ended);
+        whole.attributes = self.attributes(operation);
+        let is_fault = self.status >= 500 || self.outcome == Outcome::EngineLost || self.outcome.is_late();
+        whole.error = is_fault.then(|| self.code.unwrap_or(self.outcome.word()).into());
+        tracer.export(context, whole);
+    }
+
+    fn attributes(&self, operation: Option<&'static str>) -> Vec<KeyValue> {
+        let whole = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let mut all = vec![
+            KeyValue::new("http.route", self.path.clone()),
+            KeyValue::new("http.response.status_code", i64::from(self.status)),
+            KeyValue::new("tidegate.request_id", self.id.to_string()),
+            KeyValue::new("tidegate.outcome", self.outcome.word()),
+            KeyValue::new("gen_ai.provider.name", "tidegate"),
+            KeyValue::new("gen_ai.request.model", self.model.clone()),
+            KeyValue::new("gen_ai.usage.input_tokens", whole(self.prompt_tokens as u64)),
+            KeyValue::new("gen_ai.usage.output_tokens", whole(self.tokens)),
+        ];
+        all.extend(operation.map(|operation| KeyValue::new("gen_ai.operation.name", operation)));
+        let first = self.first_token.map(|at| (at - self.arrived).as_secs_f64());
+        all.extend(first.map(|seconds| KeyValue::new("gen_ai.response.time_to_first_chunk", seconds)));
+        all
+    }
+
     fn observe(&self, total: Duration) {
         let (m, model) = (&self.metrics, self.model.as_str());
         let labels = [model, self.path.as_str(), &self.status.to_string(), self.outcome.word()];
@@ -403,6 +482,9 @@ impl Drop for Record {
     fn drop(&mut self) {
         let total = self.arrived.elapsed();
         self.observe(total);
+        if let Some(traced) = self.traced.as_ref().filter(|traced| traced.context.is_sampled) {
+            self.export(traced, total);
+        }
         info!(
             request = %self.id,
             model = self.model,

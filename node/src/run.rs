@@ -15,6 +15,7 @@ use tidegate_common::{
     reload::Watcher,
     shutdown::Shutdown,
     tls::{self, Clients, MinVersion, TlsError},
+    trace::Tracer,
 };
 use tracing::{info, warn};
 
@@ -75,13 +76,19 @@ impl RunError {
 ///
 /// # Errors
 /// When the address, the certificate or the model cannot be used, or the engine fails.
-pub async fn run(config: NodeConfig, registry: Arc<dyn Registry>, mut shutdown: Shutdown) -> Result<(), RunError> {
+pub async fn run(
+    config: NodeConfig,
+    registry: Arc<dyn Registry>,
+    tracer: Option<Arc<Tracer>>,
+    mut shutdown: Shutdown,
+) -> Result<(), RunError> {
     let metrics = Metrics::new(config.models.iter().map(|model| model.name.as_str()))
         .map_err(|e| RunError::Internal(e.to_string()))?;
     let models = Models::new(&config)?;
     // read while the model loads, so that a node that is to be drained never announces itself
     let wishes = Wishes::new(registry.drained(&config.id).await);
-    let app = Arc::new(App { models, metrics, duties: Duties::default(), wishes, started: Instant::now(), config });
+    let app =
+        Arc::new(App { models, metrics, duties: Duties::default(), wishes, tracer, started: Instant::now(), config });
     let handle = Handle::new();
     let tls = app.config.tls.as_ref().map(read_tls).transpose()?.map(RustlsConfig::from_config);
     let watcher = Watcher::new(app.config.tls.as_ref().map(TlsFiles::all).unwrap_or_default())

@@ -71,6 +71,20 @@ enum LegEnd {
     Interrupted(Interrupt),
 }
 
+impl LegEnd {
+    /// The word in traces.
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Done => "ok",
+            Self::Answered(_) => "answered",
+            Self::Busy(_) => "busy",
+            Self::Lost(loss) => loss.as_str(),
+            Self::Interrupted(Interrupt::ClientGone) => "client_gone",
+            Self::Interrupted(Interrupt::Deadline) => "deadline",
+        }
+    }
+}
+
 impl From<Interrupt> for LegEnd {
     fn from(interrupt: Interrupt) -> Self {
         Self::Interrupted(interrupt)
@@ -231,6 +245,16 @@ impl Journey {
     }
 }
 
+impl Record {
+    /// Tells a node its place in the request's trace.
+    fn mark(&self, mut request: NodeRequest) -> pingora::Result<NodeRequest> {
+        if let Some(journal) = &self.journal {
+            journal.mark(&mut request.head)?;
+        }
+        Ok(request)
+    }
+}
+
 impl Relay {
     /// Carries `generation` to its end and notes in `record` how it went.
     pub(crate) async fn carry(
@@ -255,9 +279,15 @@ impl Relay {
             journey.count(record, &client);
             record.node = Some(target.id.clone());
             let asked = Instant::now();
+            if let Some(journal) = &mut record.journal {
+                journal.ask(&target.id);
+            }
             let end = self.leg(&mut client, record, generation, &target, &mut journey).await;
             record.upstream += asked.elapsed();
             journey.delivered.tell(record);
+            if let Some(journal) = &mut record.journal {
+                journal.told(end.word());
+            }
             match end {
                 LegEnd::Done => {
                     record.answered(200);
@@ -308,7 +338,8 @@ impl Relay {
             Some(foreign) => generation.request_abroad(foreign, &record.model),
             None => generation
                 .request(&record.ctx, target, client.time_left(), resume)
-                .and_then(|request| journey.mark(request)),
+                .and_then(|request| journey.mark(request))
+                .and_then(|request| record.mark(request)),
         };
         let request = match request {
             Ok(request) => request,

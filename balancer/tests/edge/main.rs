@@ -20,3 +20,4 @@ mod audit;
 mod limits;
 mod strict;
 mod shared;
+mod trace;

@@ -1,4 +1,4 @@
-//! The sections both servers read: `[cluster]` and `[log]`.
+//! The sections both servers read: `[cluster]` with `[telemetry]`, and `[log]`.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -7,7 +7,7 @@ use crate::{
     ids::{ClusterName, Color, NodeId, SiteName},
 };
 
-use super::Reader;
+use super::{Reader, TelemetryConfig};
 
 /// `[cluster]`: which cluster this process belongs to, and how its members find each other.
 #[derive(Debug, Clone)]
@@ -16,6 +16,8 @@ pub struct ClusterConfig {
     pub name: ClusterName,
     /// Where members are found.
     pub registry: RegistryConfig,
+    /// `[telemetry]`, beside it: both servers export to one place.
+    pub telemetry: TelemetryConfig,
 }
 
 /// `[cluster.registry]`.
@@ -52,12 +54,12 @@ pub struct EtcdConfig {
 }
 
 impl ClusterConfig {
-    /// Reads `[cluster]`.
+    /// Reads `[cluster]` and `[telemetry]`.
     pub fn read(root: &Reader<'_>) -> Self {
         let cluster = root.section("cluster");
         let name = cluster.parse("name").unwrap_or_else(|| "default".parse().expect("'default' is a valid name"));
         let registry = RegistryConfig::read(&cluster.section("registry"));
-        Self { name, registry }
+        Self { name, registry, telemetry: TelemetryConfig::read(&root.section("telemetry")) }
     }
 }
 

@@ -7,8 +7,10 @@ mod raw;
 mod reader;
 mod value;
 mod cluster;
+mod telemetry;
 
 pub use cluster::{ClusterConfig, EtcdConfig, LogConfig, LogFormat, RegistryConfig, read_pair};
 pub use raw::{ENV_PREFIX, Raw};
 pub use reader::{Problem, Problems, Reader};
+pub use telemetry::TelemetryConfig;
 pub use value::FromValue;

@@ -12,11 +12,11 @@ mod worker;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
         mpsc::{self, SyncSender, TrySendError},
     },
     thread::JoinHandle,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{mpsc as events, oneshot};
@@ -95,14 +95,36 @@ pub enum Pooling {
 pub struct Tokens {
     /// The tokens as they come; it closes early only when the engine dies.
     pub events: events::Receiver<Event>,
-    begun: Arc<AtomicBool>,
+    submitted: Instant,
+    begun: Arc<Begun>,
     _place: Place,
 }
 
 impl Tokens {
     /// Whether it waits for its first step.
     pub fn is_waiting(&self) -> bool {
-        !self.begun.load(Relaxed)
+        self.begun_at().is_none()
+    }
+
+    /// When its first step began.
+    pub fn begun_at(&self) -> Option<Instant> {
+        self.begun.after().map(|waited| self.submitted + waited)
+    }
+}
+
+/// How long a choice waited for its first step, once that has begun.
+#[derive(Debug, Default)]
+struct Begun(AtomicU64);
+
+impl Begun {
+    /// It begins.
+    fn set(&self, waited: Duration) {
+        // 0 is for what still waits
+        self.0.store(u64::try_from(waited.as_micros()).unwrap_or(u64::MAX).saturating_add(1), Relaxed);
+    }
+
+    fn after(&self) -> Option<Duration> {
+        self.0.load(Relaxed).checked_sub(1).map(Duration::from_micros)
     }
 }
 
@@ -127,7 +149,7 @@ struct Start {
     owner: Owner,
     generation: Generation,
     events: events::Sender<Event>,
-    begun: Arc<AtomicBool>,
+    begun: Arc<Begun>,
     submitted: Instant,
 }
 
@@ -194,13 +216,13 @@ impl Engine {
         for (generation, place) in generations.into_iter().zip(places) {
             // a place for every token the choice can make: the engine never waits for a slow reader
             let (sender, events) = events::channel(generation.stop.tokens_max.max(1));
-            let (owner, begun) = (owner.clone(), Arc::new(AtomicBool::new(false)));
-            let start = Start { owner, generation, events: sender, begun: begun.clone(), submitted: Instant::now() };
+            let (owner, begun, submitted) = (owner.clone(), Arc::<Begun>::default(), Instant::now());
+            let start = Start { owner, generation, events: sender, begun: begun.clone(), submitted };
             self.starts.try_send(start).map_err(|e| match e {
                 TrySendError::Full(_) => Refused::Full,
                 TrySendError::Disconnected(_) => Refused::Dead,
             })?;
-            all.push(Tokens { events, begun, _place: place });
+            all.push(Tokens { events, submitted, begun, _place: place });
         }
         Ok(all)
     }

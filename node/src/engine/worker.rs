@@ -6,7 +6,7 @@ use std::{
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::Ordering::Relaxed,
         mpsc::{Receiver, TryRecvError},
     },
     time::Instant,
@@ -16,7 +16,7 @@ use tokio::sync::mpsc as events;
 use tracing::{error, warn};
 
 use super::{
-    Delivery, Draft, EngineConfig, Event, Generation, Start, Stats,
+    Begun, Delivery, Draft, EngineConfig, Event, Generation, Start, Stats,
     draft::{Drafter, Wish},
     extras::Extras,
     pace::Pace,
@@ -55,7 +55,7 @@ struct Running {
 
 struct Waits {
     since: Instant,
-    begun: Arc<AtomicBool>,
+    begun: Arc<Begun>,
 }
 
 impl Running {
@@ -456,8 +456,9 @@ impl Worker {
     fn begin(&mut self, plan: &Plan) {
         for piece in &plan.pieces {
             if let Some(Waits { since, begun }) = self.sequences.get_mut(&piece.seq).and_then(|s| s.waits.take()) {
-                begun.store(true, Relaxed);
-                self.stats.queue_time.observe(since.elapsed().as_secs_f64());
+                let waited = since.elapsed();
+                begun.set(waited);
+                self.stats.queue_time.observe(waited.as_secs_f64());
             }
         }
     }

@@ -57,7 +57,7 @@ const DISCARD_TIME_MAX: Duration = Duration::from_secs(2);
 pub(super) async fn serve<B: AskBody>(app: Arc<App>, request: Request<Body>) -> axum::response::Response {
     let frame = Frame::read(request.headers(), app.config.request.timeout);
     let path = request.uri().path().to_owned();
-    let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived);
+    let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived).traced(app.trace(request.headers()));
     let mut response = match Opening::begin(&frame, open::<B>(app.clone(), frame.clone(), request)).await {
         Opening::Done(Ok(answer)) if frame.wire || answer.stream => answer.with(record).into_stream(),
         Opening::Done(Ok(answer)) => answer.with(record).into_json().await,
@@ -364,6 +364,9 @@ impl Answer {
         running.take_scores();
         let step = running.choice.take(event.token, event.logprobs.as_deref(), event.finish);
         if let Some(record) = &mut self.record {
+            if !record.has_tokens() {
+                record.begun(self.tokens.values().filter_map(Tokens::begun_at).min());
+            }
             record.token(choice);
         }
         if let Some(why) = &step.ended {

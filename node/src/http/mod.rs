@@ -26,17 +26,20 @@ use axum::{
     Router,
     body::Body,
     extract::State,
-    http::{Method, Request, Uri, header},
+    http::{HeaderMap, Method, Request, Uri, header},
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
 use serde_json::json;
-use tidegate_common::contract::{ApiError, ErrorKind, Health, ModelHealth, ModelState, Status, headers, paths};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind, Health, ModelHealth, ModelState, Status, headers, paths},
+    trace::{TRACEPARENT, TRACESTATE, Tracer},
+};
 
 use crate::{
     config::NodeConfig,
     duty::{Duties, Duty, Wishes},
-    record::Metrics,
+    record::{Metrics, Traced},
     served::{Loaded, Models},
 };
 use ask::{Body as AskBody, ChatRequest, CompletionRequest, MessagesRequest, QueryRequest, ResponsesRequest};
@@ -58,6 +61,8 @@ pub struct App {
     pub duties: Duties,
     /// Who wants it drained.
     pub wishes: Wishes,
+    /// Where traces are exported to, if they are.
+    pub tracer: Option<Arc<Tracer>>,
     /// Start of the process.
     pub started: Instant,
 }
@@ -106,6 +111,13 @@ impl App {
             Some(silent) if !stands => (Status::Stalled, silent.reason.clone()),
             _ => (Status::Healthy, None),
         }
+    }
+
+    /// The place in a trace of a request with these headers, where traces are exported.
+    fn trace(&self, headers: &HeaderMap) -> Option<Traced> {
+        let tracer = self.tracer.as_ref()?;
+        let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+        Some(Traced::new(tracer, tracer.begin(header(TRACEPARENT), header(TRACESTATE))))
     }
 
     /// Whether it takes nothing new.

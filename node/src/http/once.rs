@@ -59,7 +59,7 @@ impl Begun {
 pub(super) async fn serve<Q: Question>(State(app): State<Arc<App>>, request: Request<Body>) -> Response {
     let frame = Frame::read(request.headers(), app.config.request.timeout);
     let path = request.uri().path().to_owned();
-    let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived);
+    let mut record = Record::begin(&app.metrics, &path, &frame.id, frame.arrived).traced(app.trace(request.headers()));
     let its_frame = frame.clone();
     let mut response = match Opening::begin(&frame, open::<Q>(app.clone(), frame.clone(), request)).await {
         Opening::Done(Ok((loaded, begun))) => {
