@@ -199,3 +199,35 @@ async fn a_log_with_keys_is_written_read_and_held_against_them() {
         asked(&["--encryption-key-file", &other, "--encryption-key-file", &cipher, "--hmac-key-file", &mac]);
     assert_eq!(code, 0, "{out}");
 }
+
+#[tokio::test]
+async fn a_reload_is_recorded_with_what_it_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys.toml").display().to_string();
+    let make = |owner: &str| {
+        let (code, key, said) = run(&["key", "create", "--file", &keys, "--owner", owner]);
+        assert_eq!(code, 0, "{said}");
+        let id = said.split_whitespace().find(|word| word.starts_with("k-")).unwrap().trim_end_matches([',', ';', ':']);
+        (key.trim().to_owned(), id.to_owned())
+    };
+    let (key, id) = make("alice");
+    let edge = Edge::start(&format!("[balancer.auth]\nkeys_file = \"{keys}\"")).await;
+    let url = format!("http://127.0.0.1:{}/v1/models", edge.port);
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    assert_eq!(client.get(&url).bearer_auth(&key).send().await.unwrap().status(), 200);
+    let (_, new) = make("bob");
+    let (code, _, err) = run(&["key", "revoke", "--file", &keys, &id]);
+    assert_eq!(code, 0, "{err}");
+    edge.process.signal("HUP");
+    until("the reload is recorded", LOADING, || async { !edge.show(&["--event", "reload"]).is_empty() }).await;
+    let reload = edge.show(&["--event", "reload"]).remove(0);
+    assert_eq!(reload["outcome"], "applied");
+    let said: Vec<&str> = reload["keys"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert!(said.contains(&&*format!("{id} revoked")) && said.contains(&&*format!("{new} added")), "{said:?}");
+    assert_eq!(reload["files"][0], keys);
+    assert_eq!(client.get(&url).bearer_auth(&key).send().await.unwrap().status(), 401);
+    until("both requests are recorded", LOADING, || async { edge.count() == 2 }).await;
+    let asked = edge.show(&["--owner", "alice"]);
+    assert_eq!((asked.len(), asked[0]["credential"].as_str()), (1, Some(&*format!("key:{id}"))));
+    assert!(!serde_json::to_string(&edge.show(&[])).unwrap().contains(&key));
+}

@@ -1,18 +1,15 @@
 //! Goal: one request is one trace from the client over the edge to the node. Method: a real balancer and a real node export to a collector;
 //! a request comes with a place in a trace.
 
-#[path = "../common/tests/support/collector.rs"]
-mod collector;
-
 use std::time::Duration;
 
 use crate::support::{
     LOADING,
     client::chat,
     cluster::{Cluster, NodePlan, Plan, Registry},
+    collector::{Collector, Span},
     until,
 };
-use collector::{Collector, Span};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";

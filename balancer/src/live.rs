@@ -19,6 +19,7 @@ use tokio::{sync::mpsc, time::Instant};
 use tracing::{info, warn};
 
 use crate::{
+    auth::{Auth, KeyEntry},
     config::{BalancerConfig, UpstreamTls},
     limits::{Rules, Shared},
     pool::{PoolView, Signal},
@@ -126,7 +127,7 @@ pub(crate) async fn follow(
     let mut known = files(&live.load().config);
     while let Some(Reading { config, changed }) = readings.recv().await {
         let next = config.map_err(|problems| problems.to_string());
-        let mut reload = Reload { outcome: "applied", reason: None, changed, files: Vec::new() };
+        let mut reload = Reload { outcome: "applied", reason: None, changed, files: Vec::new(), keys: Vec::new() };
         let before = live.load_full();
         let next = next.and_then(|mut config| {
             config.inherit(&before.config);
@@ -136,6 +137,7 @@ pub(crate) async fn follow(
             Ok(next) => {
                 let now = files(&next.config);
                 reload.files = differences(&known, &now);
+                reload.keys = key_changes(before.config.auth.as_deref(), next.config.auth.as_deref());
                 known = now;
                 let reloaded =
                     Signal::Reloaded { rules: next.config.health.rules, upstreams: Arc::clone(&next.upstreams) };
@@ -167,6 +169,24 @@ struct Reload {
     changed: Vec<String>,
     /// Files with other content.
     files: Vec<String>,
+    /// API keys that came, went or allow something else, each with that word.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    keys: Vec<String>,
+}
+
+fn key_changes(before: Option<&Auth>, now: Option<&Auth>) -> Vec<String> {
+    let by_id = |auth: Option<&Auth>| -> BTreeMap<String, KeyEntry> {
+        auth.into_iter().flat_map(Auth::key_entries).map(|key| (key.id.clone(), key.clone())).collect()
+    };
+    let (before, now) = (by_id(before), by_id(now));
+    let ids: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+    let word = |id: &String| match (before.get(id), now.get(id)) {
+        (None, Some(_)) => Some("added"),
+        (Some(_), None) => Some("removed"),
+        (Some(before), Some(now)) if before.revoked.is_none() && now.revoked.is_some() => Some("revoked"),
+        (before, now) => (before != now).then_some("changed"),
+    };
+    ids.into_iter().filter_map(|id| Some(format!("{id} {}", word(id)?))).collect()
 }
 
 /// The files that a configuration names, by the hash of what is in them.

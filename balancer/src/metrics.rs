@@ -41,6 +41,8 @@ pub(crate) struct Metrics {
     pub(crate) audit_records: IntCounterVec,
     /// Audit records that could not be kept.
     pub(crate) audit_lost: IntCounter,
+    /// Audit records that are in the log and went to no receiver beside it, by which.
+    pub(crate) audit_export_lost: IntCounterVec,
     /// Attempts to write the audit log that failed.
     pub(crate) audit_failures: IntCounter,
     /// 1 while the audit log cannot be written.
@@ -91,6 +93,12 @@ impl Metrics {
             ),
             audit_records: counters(r, "audit_records_total", "audit records taken", &["event"]),
             audit_lost: counter(r, "audit_lost_total", "audit records that could not be kept"),
+            audit_export_lost: counters(
+                r,
+                "audit_export_lost_total",
+                "audit records that did not go to a receiver",
+                &["to"],
+            ),
             audit_failures: counter(r, "audit_failures_total", "attempts to write the audit log that failed"),
             audit_failing: gauge(r, "audit_failing", "1 while the audit log cannot be written"),
             audit_sequence: gauge(r, "audit_sequence", "number of the newest audit record"),
@@ -210,10 +218,12 @@ mod tests {
         metrics.limited.with_label_values(&["key", "tokens"]).inc();
         metrics.reloads.with_label_values(&["applied"]).inc();
         metrics.audit_records.with_label_values(&["request"]).inc();
+        metrics.audit_export_lost.with_label_values(&["syslog"]).inc();
         let text = String::from_utf8(metrics.render()).unwrap();
         let mut names: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
         names.sort_unstable();
         insta::assert_snapshot!(names.join("\n"), @r"
+        tidegate_audit_export_lost_total
         tidegate_audit_failing
         tidegate_audit_failures_total
         tidegate_audit_lost_total

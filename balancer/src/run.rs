@@ -13,6 +13,7 @@ use pingora::{
 use serde_json::json;
 use tidegate_common::{
     config::ClusterConfig,
+    logs::Logs,
     registry::Registry,
     shutdown::Shutdown,
     systemd,
@@ -147,9 +148,11 @@ pub(crate) fn serve(
         .build()
         .map_err(RunError::Setup)?;
     let metrics = Arc::new(Metrics::new());
-    let audit = open_audit(&balancer.config, &metrics)?;
     let instance = balancer.service.iter().find_map(|socket| socket.local_addr().ok()).map(|a| a.to_string());
-    let tracer = Tracer::open(&cluster.telemetry, "balancer", &instance.unwrap_or_default())?;
+    let instance = instance.unwrap_or_default();
+    let tracer = Tracer::open(&cluster.telemetry, "balancer", &instance)?;
+    let logs = Logs::open(&cluster.telemetry, "balancer", &instance)?;
+    let audit = open_audit(&balancer.config, &metrics, logs)?;
     let kept = Kept { metrics, audit: audit.clone(), tracer: tracer.clone() };
     let started = start(&runtime, balancer, cluster, registry, kept);
     let outcome = started.and_then(|house| runtime.block_on(house.live(shutdown)));
@@ -176,9 +179,13 @@ struct Kept {
     tracer: Option<Arc<Tracer>>,
 }
 
-fn open_audit(config: &BalancerConfig, metrics: &Arc<Metrics>) -> Result<Option<Arc<Audit>>, RunError> {
+fn open_audit(
+    config: &BalancerConfig,
+    metrics: &Arc<Metrics>,
+    logs: Option<Logs>,
+) -> Result<Option<Arc<Audit>>, RunError> {
     let Some(config) = config.audit() else { return Ok(None) };
-    let opened = Audit::open(config, metrics);
+    let opened = Audit::open(config, metrics, logs);
     opened.map(|audit| Some(Arc::new(audit))).map_err(|source| RunError::Audit { path: config.folder().into(), source })
 }
 

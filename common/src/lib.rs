@@ -16,3 +16,4 @@ pub mod reload;
 pub mod systemd;
 pub mod telemetry;
 pub mod trace;
+pub mod logs;

@@ -34,6 +34,12 @@ const TRACESTATE_BYTES_MAX: usize = 2048;
 #[error("telemetry.otlp_endpoint: {0}")]
 pub struct TelemetryError(String);
 
+impl TelemetryError {
+    pub(crate) fn new(why: impl fmt::Display) -> Self {
+        Self(why.to_string())
+    }
+}
+
 /// Exports spans.
 pub struct Tracer {
     processor: BatchSpanProcessor,
@@ -179,7 +185,7 @@ impl Tracer {
             .with_endpoint(format!("{endpoint}/v1/traces"))
             .with_timeout(config.timeout)
             .build()
-            .map_err(|e| TelemetryError(e.to_string()))?;
+            .map_err(TelemetryError::new)?;
         let mut processor = BatchSpanProcessor::builder(exporter).build();
         processor.set_resource(&resource(config, service, instance));
         let scope = InstrumentationScope::builder("tidegate").with_version(env!("CARGO_PKG_VERSION")).build();

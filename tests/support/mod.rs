@@ -3,6 +3,9 @@
 #[path = "../../common/tests/support/etcd.rs"]
 pub(crate) mod etcd;
 
+#[path = "../../common/tests/support/collector.rs"]
+pub(crate) mod collector;
+
 pub(crate) mod process;
 pub(crate) mod cable;
 pub(crate) mod cluster;

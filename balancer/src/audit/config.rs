@@ -10,7 +10,7 @@ use bytesize::ByteSize;
 use ring::hmac;
 use tidegate_common::config::Reader;
 
-use super::{frames::MasterKey, line::unhex};
+use super::{frames::MasterKey, line::unhex, syslog::Target};
 use crate::auth::check_mode;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -33,6 +33,7 @@ pub struct AuditConfig {
     pub(crate) on_failure: OnFailure,
     /// Records that wait to be written.
     pub(crate) queue_max: usize,
+    pub(crate) syslog: Option<Target>,
     pub(crate) mac: Option<hmac::Key>,
     pub(crate) cipher: Option<MasterKey>,
 }
@@ -83,6 +84,7 @@ impl AuditConfig {
             retention: r.duration_or("retention", DAY * 180),
             on_failure,
             queue_max: r.in_range("queue", 16..=1_000_000, 8192),
+            syslog: r.parse("syslog"),
             mac: mac.map(|key| hmac::Key::new(hmac::HMAC_SHA256, &key)),
             cipher: cipher.map(|key| MasterKey::new(&key)),
         };

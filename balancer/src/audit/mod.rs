@@ -3,7 +3,7 @@
 //!
 //! A request only formats its record into a buffer and puts it into a bounded queue. One thread writes, a group at a time: [`trail`] adds
 //! [`line`]s to the newest of the [`files`] under the lock of [`head`], which remembers where the log ends; `frames` encrypt, `keep`
-//! compresses and removes. [`read`] never writes: it follows the [`chain`] through all of them.
+//! compresses and removes, `copies` go to syslog and to OpenTelemetry. [`read`] never writes: it follows the [`chain`] through all of them.
 //!
 //! When writing fails the writer keeps what it has and tries again. `on_failure = "open"` serves on and counts what the queue cannot hold;
 //! `"closed"` refuses requests, and holds a place in the queue for each that it lets in.
@@ -16,6 +16,8 @@ mod head;
 mod trail;
 mod keep;
 mod writer;
+mod syslog;
+mod copies;
 mod chain;
 pub(crate) mod read;
 
@@ -30,7 +32,10 @@ use std::{
 };
 
 use serde::Serialize;
-use tidegate_common::contract::{ApiError, ErrorKind};
+use tidegate_common::{
+    contract::{ApiError, ErrorKind},
+    logs::Logs,
+};
 use tracing::warn;
 
 pub use chain::Break;
@@ -39,6 +44,7 @@ pub use read::{Fault, Records, Report, verify};
 
 use crate::metrics::Metrics;
 use config::OnFailure;
+use copies::Copies;
 use trail::Trail;
 use writer::Writer;
 
@@ -89,14 +95,15 @@ impl Audit {
     ///
     /// # Errors
     /// When the folder cannot be written.
-    pub(crate) fn open(config: &AuditConfig, metrics: &Arc<Metrics>) -> io::Result<Self> {
+    pub(crate) fn open(config: &AuditConfig, metrics: &Arc<Metrics>, logs: Option<Logs>) -> io::Result<Self> {
         let config = Arc::new(config.clone());
         let trail = Trail::open(Arc::clone(&config))?;
         // places bound what is in it; one more for the end
         let (sender, messages) = sync_channel(config.queue_max + 1);
         let state = Arc::<State>::default();
         let (ends, ended) = sync_channel(1);
-        let writer = Writer::new(trail, Arc::clone(&config), Arc::clone(&state), Arc::clone(metrics));
+        let copies = Copies::start(config.syslog.as_ref(), logs, metrics)?;
+        let writer = Writer::new(trail, Arc::clone(&config), Arc::clone(&state), Arc::clone(metrics), copies);
         std::thread::Builder::new().name("audit".into()).spawn(move || {
             writer.run(&messages);
             // an error means that nobody waits any more

@@ -87,6 +87,11 @@ impl Trail {
         self.sync(false)
     }
 
+    /// The lines of the newest group, each with its end.
+    pub(crate) fn newest(&self) -> &[u8] {
+        &self.plain
+    }
+
     /// Number of the newest line.
     pub(crate) fn seq(&self) -> u64 {
         self.head.link.seq

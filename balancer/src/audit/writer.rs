@@ -16,7 +16,9 @@ use tracing::{error, info, warn};
 use super::{
     Message, Place, State,
     config::{AuditConfig, Sync},
-    content, keep,
+    content,
+    copies::Copies,
+    keep,
     trail::Trail,
 };
 use crate::metrics::Metrics;
@@ -37,6 +39,7 @@ pub(super) struct Writer {
     config: Arc<AuditConfig>,
     state: Arc<State>,
     metrics: Arc<Metrics>,
+    copies: Copies,
     group: Vec<Vec<u8>>,
     /// Given back once the group is written.
     places: Vec<Place>,
@@ -46,12 +49,19 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) fn new(trail: Trail, config: Arc<AuditConfig>, state: Arc<State>, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(
+        trail: Trail,
+        config: Arc<AuditConfig>,
+        state: Arc<State>,
+        metrics: Arc<Metrics>,
+        copies: Copies,
+    ) -> Self {
         Self {
             trail,
             config,
             state,
             metrics,
+            copies,
             group: Vec::new(),
             places: Vec::new(),
             has_ended: false,
@@ -120,6 +130,7 @@ impl Writer {
             Ok(()) => {
                 self.group.clear();
                 self.places.clear();
+                self.copies.send(self.trail.newest());
                 self.succeeded();
             }
             Err(error) => {
@@ -175,6 +186,7 @@ impl Writer {
         let outdated = keep::outdated(&self.config.folder, self.trail.current(), self.config.retention)?;
         for (name, through) in outdated {
             self.trail.append(&[content("pruned", &json!({"file": name.to_string(), "through": through}))])?;
+            self.copies.send(self.trail.newest());
             keep::remove(&self.config.folder, name);
         }
         Ok(())

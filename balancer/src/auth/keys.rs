@@ -281,6 +281,11 @@ impl Keys {
         Self { keys: keys.collect(), secret }
     }
 
+    /// What is known of each key.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &KeyEntry> {
+        self.keys.iter().map(|key| &key.entry)
+    }
+
     /// Who shows this key.
     pub(crate) fn principal(&self, given: &[u8], now: UnixSeconds) -> Result<Arc<Principal>, ApiError> {
         let plain = KeyHash::of(given, None);

@@ -100,6 +100,11 @@ impl FromStr for UnixSeconds {
 }
 
 impl Auth {
+    /// What is known of each API key.
+    pub(crate) fn key_entries(&self) -> impl Iterator<Item = &KeyEntry> {
+        self.keys.iter().flat_map(Keys::entries)
+    }
+
     /// Reads `[balancer.auth]`; `None` when no credential is asked for. `takes_certificates` is whether clients can show any.
     pub(crate) fn read(r: &Reader<'_>, takes_certificates: bool) -> Option<Self> {
         let tokens_section = r.section("tokens");

@@ -11,7 +11,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tidegate_balancer::audit::{KeyRing, Records, Report, verify};
 
-use crate::support::{CHAT, House, PATIENCE, chat};
+use crate::{
+    collector::Collector,
+    support::{CHAT, House, PATIENCE, chat},
+};
 
 struct Log {
     folder: PathBuf,
@@ -268,4 +271,62 @@ async fn two_edges_write_one_chain() {
     }
     log.until("all of both", |records| requests(records) == 40).await;
     log.is_whole();
+}
+
+#[tokio::test]
+async fn syslog_gets_each_record_also_when_it_comes_late() {
+    let (tcp, udp) = (Log::new(), Log::new());
+    let receiver = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let to = receiver.local_addr().unwrap();
+    let house = House::with(1, &udp.section(&format!("syslog = \"udp://{to}\""))).await;
+    assert_eq!(house.ask(&chat(false)).await.0, 200);
+    let mut datagram = vec![0; 9000];
+    let message = loop {
+        let length = tokio::time::timeout(PATIENCE, receiver.recv(&mut datagram)).await.unwrap().unwrap();
+        let text = String::from_utf8(datagram[..length].to_vec()).unwrap();
+        if text.contains(" request [") {
+            break text;
+        }
+    };
+    assert!(message.starts_with("<110>1 20") && message.contains("status=\"200\""), "{message}");
+
+    // nobody listens there yet
+    let to = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let mut house = House::with(1, &tcp.section(&format!("syslog = \"tcp://{to}\""))).await;
+    for _ in 0..5 {
+        assert_eq!(house.ask(&chat(false)).await.0, 200);
+    }
+    tcp.until("all of them", |records| requests(records) == 5).await;
+    let listener = tokio::net::TcpListener::bind(to).await.unwrap();
+    let (mut stream, _) = tokio::time::timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
+    house.fire();
+    house.ended().await;
+    let mut text = String::new();
+    tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text).await.unwrap();
+    let mut events = Vec::new();
+    let mut rest = text.as_str();
+    while let Some((length, more)) = rest.split_once(' ') {
+        let (message, more) = more.split_at(length.parse().unwrap());
+        events.push(message.split(' ').nth(5).unwrap().to_owned());
+        rest = more;
+    }
+    let written: Vec<String> = tcp.records().iter().map(|r| r["event"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(events, written);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_gets_each_record_as_a_log() {
+    let (log, collector) = (Log::new(), Collector::start().await);
+    let section = format!("{}\n{}", log.section(""), collector.section("logs = true\ntraces = false"));
+    let mut house = House::with(1, &section).await;
+    assert_eq!(house.ask(&chat(false)).await.0, 200);
+    house.fire();
+    house.ended().await;
+    let records = log.records();
+    let logs = collector.logs();
+    let texts: Vec<Value> = logs.iter().map(|(text, _)| serde_json::from_str(text).unwrap()).collect();
+    assert_eq!(texts, records);
+    let request = logs.iter().find(|(_, fields)| fields["tidegate.event"] == "request").unwrap();
+    assert_eq!((request.1["tidegate.status"].as_str(), request.1["tidegate.node"].as_str()), ("200", "n0"));
+    assert!(collector.spans().is_empty());
 }

@@ -5,6 +5,8 @@
 // clippy.toml allows it in test functions only, and all of this crate is test
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../../common/tests/support/collector.rs"]
+mod collector;
 mod support;
 mod requests;
 mod proxied;

@@ -1,10 +1,9 @@
 //! Traces: where a client's place in a trace goes, and what a collector gets of a request that went over two nodes.
 
-#[path = "../../../common/tests/support/collector.rs"]
-mod collector;
-
-use crate::support::{Act, CHAT, House, chat, end, texts, tokens};
-use collector::{Collector, Span};
+use crate::{
+    collector::{Collector, Span},
+    support::{Act, CHAT, House, chat, end, texts, tokens},
+};
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const CALLER: &str = "b7ad6b7169203331";
