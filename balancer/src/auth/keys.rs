@@ -111,10 +111,15 @@ impl KeysFile {
     /// # Errors
     /// Everything that is wrong with it, others being able to read it included.
     pub fn read(path: &Path) -> Result<Self, Problems> {
+        if matches!(fs::exists(path), Ok(false)) {
+            return Ok(Self::default());
+        }
         let mode = Raw::empty().check(|r| check_mode(r, "keys", path));
-        match fs::exists(path) {
-            Ok(false) => Ok(Self::default()),
-            _ => mode.and_then(|()| Raw::from_file(path)).and_then(|raw| raw.check(Self::read_sections)),
+        let read = Raw::from_file(path).and_then(|raw| raw.check(Self::read_sections));
+        match (mode, read) {
+            (Ok(()), read) => read,
+            (Err(problems), Ok(_)) => Err(problems),
+            (Err(first), Err(then)) => Err(Problems(first.0.into_iter().chain(then.0).collect())),
         }
     }
 
