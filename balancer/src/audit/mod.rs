@@ -1,9 +1,9 @@
 //! The audit log: who asked what and what became of it, and what was done to the edge itself, as JSON lines that are chained by their
 //! hashes, so that a cut, a changed, a removed or a swapped line shows.
 //!
-//! A request only formats its record into a buffer and puts it into a bounded queue. One thread writes, a group at a time: [`trail`] adds
-//! [`line`]s to the newest of the [`files`] under the lock of [`head`], which remembers where the log ends; `frames` encrypt, `keep`
-//! compresses and removes, `copies` go to syslog and to OpenTelemetry. [`read`] never writes: it follows the [`chain`] through all of them.
+//! A request only formats its record into a buffer and puts it into a bounded queue. One thread writes, a group at a time: `trail` adds
+//! `line`s to the newest of the `files` under the lock of `head`, which remembers where the log ends; `frames` encrypt, `keep`
+//! compresses and removes, `copies` go to syslog and to OpenTelemetry. `read` never writes: it follows the `chain` through all of them.
 //!
 //! When writing fails the writer keeps what it has and tries again. `on_failure = "open"` serves on and counts what the queue cannot hold;
 //! `"closed"` refuses requests, and holds a place in the queue for each that it lets in.

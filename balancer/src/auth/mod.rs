@@ -1,4 +1,4 @@
-//! Who asks, by whatever it shows. What that one may do is the [`Principal`]'s to say.
+//! Who asks, by whatever it shows. What that one may do is the `Principal`'s to say.
 
 mod principal;
 mod keys;
