@@ -226,9 +226,9 @@ impl BalancerConfig {
         self.tls.is_some()
     }
 
-    /// Whether a client with this address may connect to the listener at `local`.
-    pub(crate) fn permits(&self, local: SocketAddr, ip: IpAddr) -> bool {
-        let listener = self.listeners.iter().find(|listener| listener.is_at(local));
+    /// Whether a client with this address may connect to the listener at `local`, as far as that is known.
+    pub(crate) fn permits(&self, local: Option<SocketAddr>, ip: IpAddr) -> bool {
+        let listener = local.and_then(|local| self.listeners.iter().find(|listener| listener.is_at(local)));
         self.allowlist.permits(ip) && listener.is_none_or(|listener| listener.permits(ip))
     }
 

@@ -131,7 +131,7 @@ pub(crate) async fn admit(config: &BalancerConfig, stream: &mut TcpStream) -> Op
     let is_trusted = config.trusted.contains(peer.ip());
     if !listener.is_some_and(|listener| listener.is_proxied) {
         // whom a proxy of ours forwards, each request says
-        let may_enter = is_trusted || config.permits(local, peer.ip());
+        let may_enter = is_trusted || config.permits(Some(local), peer.ip());
         return may_enter.then_some(());
     }
     if !is_trusted {
@@ -146,15 +146,13 @@ pub(crate) async fn admit(config: &BalancerConfig, stream: &mut TcpStream) -> Op
         }
         Err(_) => return None,
     };
-    let client = match said {
-        Said::Client(client) => client,
-        Said::Nothing => peer,
-    };
+    // a proxy that asks for itself looks whether anybody is here; what else it asks is judged by its own address
+    let Said::Client(client) = said else { return Some(()) };
     let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
     // it is new, so nobody has set it
     let _ = digest.peer_addr.set(Some(client.into()));
     stream.set_socket_digest(digest);
-    config.permits(local, client.ip()).then_some(())
+    config.permits(Some(local), client.ip()).then_some(())
 }
 
 /// What a header of the PROXY protocol says.

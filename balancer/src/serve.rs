@@ -192,12 +192,12 @@ impl Edge {
             session.set_keepalive(None);
             return Err(error);
         }
-        demand_address(live, session, &record.ctx)?;
         let head = session.req_header();
         let route = route::route(&head.method, head.uri.path());
         if route == Ok(Route::Health) {
             return Ok(self.health(live, session, record).await);
         }
+        demand_address(live, session, &record.ctx)?;
         self.limits.knock(live.rules(), &mut record.ctx)?;
         if let Some(auth) = &live.config.auth {
             let principal = record.ctx.principal.insert(auth.principal(session, UnixSeconds::now()).await?);
@@ -409,8 +409,8 @@ fn tokens_used(record: &Record, body_bytes: usize) -> u64 {
 /// Refuses a client that a proxy of ours forwards and that may not come in.
 fn demand_address(live: &Live, session: &ServerSession, ctx: &RequestCtx) -> Result<(), ApiError> {
     let local = session.server_addr().and_then(|address| address.as_inet()).copied();
-    match local.zip(ctx.client) {
-        Some((local, client)) if !live.config.permits(local, client) => Err(ApiError::new(
+    match ctx.client {
+        Some(client) if !live.config.permits(local, client) => Err(ApiError::new(
             ErrorKind::Forbidden,
             "address_not_allowed",
             "requests from this address are not taken here",

@@ -50,6 +50,8 @@ async fn forwarded_addresses_are_believed_of_named_proxies_alone() {
         let answer = from(PROXY, edge, &request(lines)).await;
         assert!(answer.starts_with(FORBIDDEN) && answer.contains("address_not_allowed"), "{lines}: {answer}");
     }
+    let look = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    assert!(from(PROXY, edge, look).await.starts_with(OK), "a proxy of ours may look whether anybody is here");
     // from anybody else the header is nothing
     assert!(from(CLIENT, edge, &request("x-forwarded-for: 192.0.2.66\r\n")).await.starts_with(OK));
     assert_eq!(house.asked().await.header("x-tidegate-tenant"), Some("127.0.0.1"));
@@ -83,6 +85,13 @@ async fn a_listener_behind_the_proxy_protocol_takes_it_from_named_proxies_and_ju
         // the client's own header is nothing, since it is no proxy of ours
         assert_eq!(house.asked().await.header("x-tidegate-tenant"), Some("192.0.2.1"));
     }
+    let local = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    assert!(from(PROXY, edge, local).await.starts_with(OK), "a proxy asks for itself");
+    let local = [&b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"[..], &request("")].concat();
+    assert!(
+        from(PROXY, edge, &local).await.starts_with(FORBIDDEN),
+        "and for nothing else, since it is not on the list"
+    );
     for (source, bytes) in
         [(PROXY, v1("192.0.2.66")), (PROXY, v2([198, 51, 100, 1])), (PROXY, request("")), (CLIENT, v1("192.0.2.1"))]
     {
