@@ -1,7 +1,6 @@
 //! `tidegate key`: API keys. A key itself is shown once and never kept; the file holds its hash.
 
 use std::{
-    fs::OpenOptions,
     io,
     path::{Path, PathBuf},
     time::Duration,
@@ -13,7 +12,7 @@ use tidegate_balancer::auth::{
 };
 use tidegate_common::{
     ids::SiteName,
-    replace::{SECRET, replace},
+    replace::{SECRET, lock, replace},
 };
 
 use crate::exit::Failure;
@@ -138,23 +137,36 @@ pub(crate) fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Create { at, owner, expire_in, grant } => {
             let expires = expire_in.end()?;
-            change(&at.file, |keys| at.add(keys, owner, grant.into(), expires))
+            let made = change(&at.file, |keys| at.add(keys, owner, grant.into(), expires))?;
+            made.show();
+            Ok(())
         }
         Command::Rotate { id, at, overlap, expire_in } => {
-            let expires = expire_in.end()?;
-            change(&at.file, |keys| {
+            let (expires, now) = (expire_in.end()?, UnixSeconds::now());
+            let until = now.after(overlap).ok_or_else(|| Failure::usage("--overlap: the time is too long"))?;
+            let made = change(&at.file, |keys| {
                 let old = find(keys, &id)?;
-                let until = UnixSeconds::now().after(overlap);
-                old.expires = old.expires.min(until).or(until);
+                if old.state(now) != KeyState::Good {
+                    let fix = "make another with `tidegate key create`";
+                    return Err(Failure::usage(format!(
+                        "the key {id} is good no more, so nothing takes its place\n  fix: {fix}"
+                    )));
+                }
+                old.expires = Some(old.expires.map_or(until, |end| end.min(until)));
                 let (owner, grant) = (old.owner.clone(), old.grant.clone());
                 at.add(keys, owner, grant, expires)
-            })
+            })?;
+            made.show();
+            Ok(())
         }
-        Command::Revoke { id, file } => change(&file, |keys| {
-            find(keys, &id)?.revoked = Some(UnixSeconds::now());
+        Command::Revoke { id, file } => {
+            change(&file, |keys| {
+                find(keys, &id)?.revoked = Some(UnixSeconds::now());
+                Ok(())
+            })?;
             eprintln!("{id} is good no more, once the balancer has read the file");
             Ok(())
-        }),
+        }
         Command::List { file } => {
             list(&KeysFile::read(&file)?, UnixSeconds::now());
             Ok(())
@@ -169,27 +181,39 @@ impl Place {
         owner: String,
         grant: Grant,
         expires: Option<UnixSeconds>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Made, Failure> {
         let secret = self.hash_secret.as_deref().map(secret).transpose()?;
         let key = format!("tg-{:032x}{:032x}", rand::rng().random::<u128>(), rand::rng().random::<u128>());
         let hash = KeyHash::of(key.as_bytes(), secret.as_ref());
         let until = expires.map_or_else(|| "it is revoked".to_owned(), |at| at.to_string());
-        eprintln!("key {} for {owner}, good until {until}; it is shown only now:", hash.id());
+        let about = format!("key {} for {owner}, good until {until}; it is shown only now:", hash.id());
         keys.keys.push(KeyEntry { id: hash.id(), hash, owner, grant, expires, revoked: None });
-        println!("{key}");
-        Ok(())
+        Ok(Made { about, key })
     }
 }
 
-/// Reads the file, changes it and writes it, while nobody else does.
-fn change(path: &Path, apply: impl FnOnce(&mut KeysFile) -> Result<(), Failure>) -> Result<(), Failure> {
+/// A new key, to be shown once the file has it.
+struct Made {
+    about: String,
+    key: String,
+}
+
+impl Made {
+    fn show(&self) {
+        eprintln!("{}", self.about);
+        println!("{}", self.key);
+    }
+}
+
+/// Reads the file, changes it and writes it, while nobody else does. What the balancer would refuse is not written.
+fn change<T>(path: &Path, apply: impl FnOnce(&mut KeysFile) -> Result<T, Failure>) -> Result<T, Failure> {
     let fail = |e: io::Error| Failure::unavailable(format!("{}: cannot be written: {e}", path.display()));
-    let lock = path.with_added_extension("lock");
-    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(lock).map_err(fail)?;
-    lock.lock().map_err(fail)?;
+    let _lock = lock(path).map_err(fail)?;
     let mut keys = KeysFile::read(path)?;
-    apply(&mut keys)?;
-    keys.write(path).map_err(fail)
+    let done = apply(&mut keys)?;
+    keys.check()?;
+    keys.write(path).map_err(fail)?;
+    Ok(done)
 }
 
 fn find<'a>(keys: &'a mut KeysFile, id: &str) -> Result<&'a mut KeyEntry, Failure> {
@@ -284,7 +308,23 @@ mod tests {
         assert_eq!((keys[1].owner.as_str(), keys[1].state(later)), ("alice", KeyState::Good));
         run(Command::Revoke { id: keys[1].id.clone(), file: path.clone() }).unwrap();
         assert_eq!(KeysFile::read(&path).unwrap().keys[1].state(UnixSeconds::now()), KeyState::Revoked);
-        assert!(run(Command::Revoke { id: "k-none".into(), file: path }).is_err());
+        assert!(run(Command::Revoke { id: "k-none".into(), file: path.clone() }).is_err());
+        let again = Command::Rotate { id: keys[1].id.clone(), at: at(&path), overlap, expire_in };
+        assert!(run(again).is_err(), "what was taken back does not come back");
+        let for_ever = Command::Rotate { id, at: at(&path), overlap: Duration::MAX, expire_in };
+        assert!(run(for_ever).is_err());
+        assert_eq!(KeysFile::read(&path).unwrap().keys.len(), 2);
+    }
+
+    #[test]
+    fn what_the_balancer_would_refuse_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("keys.toml");
+        create(&path, "alice").unwrap();
+        let grant = GrantArgs { requests_per_second: Some(0.0), ..GrantArgs::default() };
+        let expire_in = lifetime("1d").unwrap();
+        assert!(run(Command::Create { at: at(&path), owner: "bob".into(), expire_in, grant }).is_err());
+        assert_eq!(KeysFile::read(&path).unwrap().keys.len(), 1);
     }
 
     #[test]

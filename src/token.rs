@@ -12,7 +12,7 @@ use tidegate_balancer::auth::{
     Claims, HashSecret, KeyEntry, KeyHash, KeyState, KeysFile, Pattern, RevokedFile, Scope, SigningKey, TIDEGATE,
     UnixSeconds,
 };
-use tidegate_common::replace::{SECRET, replace};
+use tidegate_common::replace::{SECRET, lock, replace};
 
 use crate::exit::Failure;
 
@@ -197,10 +197,13 @@ fn revoke(token: &str, path: &Path, within: Duration, now: UnixSeconds) -> Resul
         Some(claims) => (claims.jti, claims.exp),
         None => (token.to_owned(), now.after(within).ok_or_else(|| Failure::usage("--within: the time is too long"))?),
     };
+    let fail = |e: io::Error| Failure::unavailable(format!("{}: cannot be written: {e}", path.display()));
+    let _lock = lock(path).map_err(fail)?;
     let mut revoked = RevokedFile::read(path)?;
+    revoked.0.insert(jti.clone(), until);
+    revoked.write(path, now).map_err(fail)?;
     eprintln!("{jti} is good no more, once the balancer has read the file");
-    revoked.0.insert(jti, until);
-    revoked.write(path, now).map_err(|e| Failure::unavailable(format!("{}: cannot be written: {e}", path.display())))
+    Ok(())
 }
 
 fn lifetime(text: &str) -> Result<Duration, String> {

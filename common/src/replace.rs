@@ -1,7 +1,7 @@
 //! Files that others read while they change: written beside and moved into place, so that a reader finds the old one or the new one whole.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::Path,
@@ -9,6 +9,17 @@ use std::{
 
 /// Permissions of a secret: its owner alone reads it.
 pub const SECRET: u32 = 0o600;
+
+/// Holds the file at `path` against others who change it by this function too, until what it returns is dropped: who reads, changes and writes
+/// a file would undo what somebody else has written meanwhile. The lock is a file beside it, `path.lock`, which stays.
+///
+/// # Errors
+/// When that file cannot be made.
+pub fn lock(path: &Path) -> io::Result<File> {
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path.with_added_extension("lock"))?;
+    lock.lock()?;
+    Ok(lock)
+}
 
 /// Puts a file with this content and these permissions in the place of the one at `path`, on disk before this returns.
 ///

@@ -131,6 +131,14 @@ impl KeysFile {
         replace(path, self.to_text().as_bytes(), SECRET)
     }
 
+    /// Whether it can be read again.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it.
+    pub fn check(&self) -> Result<(), Problems> {
+        Raw::from_toml(&self.to_text(), "the file of keys")?.check(Self::read_sections).map(drop)
+    }
+
     pub(crate) fn to_text(&self) -> String {
         let keys = self.keys.iter().map(|key| Value::Table(key.to_table())).collect();
         Table::from_iter([("keys".to_owned(), Value::Array(keys))]).to_string()
