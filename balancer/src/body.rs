@@ -22,8 +22,6 @@ pub(crate) struct Wish {
     pub(crate) is_greedy: bool,
     /// How many answers it wants.
     pub(crate) choices: u32,
-    /// The dialogue that it goes on with, if one is named, and the question.
-    pub(crate) session: Option<(String, String)>,
     /// The longest that each of them may be, in tokens, if it says so.
     pub(crate) tokens_max: Option<u32>,
 }
@@ -39,9 +37,6 @@ struct RawWish<'a> {
     max_completion_tokens: Option<Field<u32>>,
     max_output_tokens: Option<Field<u32>>,
     seed: Option<IgnoredAny>,
-    session_id: Option<Field<String>>,
-    #[serde(borrow)]
-    query: Option<Field<Cow<'a, str>>>,
     temperature: Option<Field<f64>>,
     tidegate_resume: Option<IgnoredAny>,
 }
@@ -77,11 +72,7 @@ impl Wish {
         if raw.tidegate_resume.is_some() {
             return Err(ApiError::invalid(Resume::FIELD, format!("'{}' is not for clients", Resume::FIELD)));
         }
-        let session = Field::right(raw.session_id, "session_id", "text")?;
-        // a query that is none is the node's to refuse
-        let query = Field::right(raw.query, "", "").ok().flatten();
         Ok(Self {
-            session: session.zip(query.map(Cow::into_owned)),
             model: Field::right(raw.model, "model", "text")?.map(Cow::into_owned),
             stream: Field::right(raw.stream, "stream", "true or false")?.unwrap_or(false),
             seeded: raw.seed.is_some(),
@@ -148,22 +139,13 @@ mod tests {
             seeded: true,
             is_greedy: false,
             choices: 2,
-            session: None,
             tokens_max: Some(7),
         };
         assert_eq!(wish, expected);
         let wish = Wish::read(br#"{"model":null,"stream":null,"seed":null,"n":"many","max_tokens":-1}"#).unwrap();
         assert_eq!(
             wish,
-            Wish {
-                model: None,
-                stream: false,
-                seeded: false,
-                is_greedy: false,
-                choices: 1,
-                session: None,
-                tokens_max: None
-            }
+            Wish { model: None, stream: false, seeded: false, is_greedy: false, choices: 1, tokens_max: None }
         );
     }
 

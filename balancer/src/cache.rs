@@ -72,7 +72,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) model: &'a str,
     /// Shared by all of the model's nodes.
     pub(crate) fingerprint: Fingerprint,
-    pub(crate) owner: Option<&'a str>,
+    /// Whose it is.
+    pub(crate) owner: &'a str,
     /// Sites that it may not leave.
     pub(crate) sites: &'a [SiteName],
     pub(crate) body: &'a [u8],
@@ -88,11 +89,10 @@ impl Asked<'_> {
         }
         let mut body: Value = serde_json::from_slice(self.body).ok()?;
         body.as_object_mut()?.remove("user");
-        let owner = self.owner.filter(|_| !config.is_shared);
+        let owner = if config.is_shared { "" } else { self.owner };
         let sites: Vec<&str> = self.sites.iter().map(SiteName::as_str).collect();
         let mut hash = Sha256::new();
-        for part in [self.path, self.model, &self.fingerprint.to_string(), owner.unwrap_or_default(), &sites.join(",")]
-        {
+        for part in [self.path, self.model, &self.fingerprint.to_string(), owner, &sites.join(",")] {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
@@ -202,7 +202,7 @@ mod tests {
         CacheConfig { bytes_max, ttl: Duration::from_secs(10), answer_bytes_max: 1000, is_shared: false }
     }
 
-    fn key(body: &str, owner: Option<&str>, config: &CacheConfig) -> Option<Key> {
+    fn key(body: &str, owner: &str, config: &CacheConfig) -> Option<Key> {
         let wish = Wish::read(body.as_bytes()).unwrap();
         let fingerprint = Fingerprint::new(1);
         let body = body.as_bytes();
@@ -213,16 +213,16 @@ mod tests {
     #[test]
     fn what_an_answer_depends_on_is_its_key_and_layout_is_not() {
         let config = config(1000);
-        let one = key(r#"{"temperature": 0, "messages": [{"role": "user", "content": "a"}]}"#, None, &config).unwrap();
+        let one = key(r#"{"temperature": 0, "messages": [{"role": "user", "content": "a"}]}"#, "", &config).unwrap();
         let same = r#"{"messages":[{"content":"a","role":"user"}],"temperature":0,"user":"u"}"#;
-        assert_eq!(key(same, None, &config), Some(one));
-        assert_ne!(key(same, Some("alice"), &config), Some(one));
-        assert_eq!(key(same, Some("alice"), &CacheConfig { is_shared: true, ..config.clone() }), Some(one));
+        assert_eq!(key(same, "", &config), Some(one));
+        assert_ne!(key(same, "alice", &config), Some(one));
+        assert_eq!(key(same, "alice", &CacheConfig { is_shared: true, ..config.clone() }), Some(one));
         let other = r#"{"messages":[{"content":"a","role":"user"}],"temperature":0,"max_tokens":3}"#;
-        assert_ne!(key(other, None, &config), Some(one));
+        assert_ne!(key(other, "", &config), Some(one));
         assert_ne!(
-            key(r#"{"temperature":0,"a":["b","c"]}"#, None, &config),
-            key(r#"{"temperature":0,"a":["bc"]}"#, None, &config)
+            key(r#"{"temperature":0,"a":["b","c"]}"#, "", &config),
+            key(r#"{"temperature":0,"a":["bc"]}"#, "", &config)
         );
     }
 
@@ -236,7 +236,7 @@ mod tests {
             (r#"{"temperature":0.0}"#, true),
             (r#"{"seed":null}"#, false),
         ] {
-            assert_eq!(key(body, None, &config).is_some(), is_kept, "{body}");
+            assert_eq!(key(body, "", &config).is_some(), is_kept, "{body}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! One request's frame: drawn once when its head has been read, the same for every node that the request meets.
 
 use std::{
+    fmt,
     net::{IpAddr, Ipv6Addr},
     sync::Arc,
 };
@@ -70,19 +71,27 @@ impl RequestCtx {
 
     /// Refuses a model that who asks may not use.
     pub(crate) fn demand_model(&self, model: &str) -> Result<(), ApiError> {
+        self.demand_model_for(self.action, model)
+    }
+
+    fn demand_model_for(&self, action: &str, model: &str) -> Result<(), ApiError> {
         self.principal.as_ref().map_or(Ok(()), |principal| principal.demand_model(model))?;
-        self.demand(&format!("model:{model}"))
+        self.demand(action, format_args!("model:{model}"))
     }
 
     /// Refuses what the policies do not allow to be done to this.
-    pub(crate) fn demand(&self, resource: &str) -> Result<(), ApiError> {
-        self.policies.demand(|| Who::new(self.principal.as_deref(), self.client), self.action, resource)
+    fn demand(&self, action: &str, resource: fmt::Arguments<'_>) -> Result<(), ApiError> {
+        self.policies.demand(|| Who::new(self.principal.as_deref(), self.client), action, resource)
+    }
+
+    /// Refuses a path that who asks may not use.
+    pub(crate) fn demand_path(&self) -> Result<(), ApiError> {
+        self.demand(self.action, format_args!("path:{}", self.path))
     }
 
     /// Whether a list of models shows this one to who asks.
     pub(crate) fn shows_model(&self, model: &str) -> bool {
-        let chat = Self { action: Route::Generation(paths::CHAT_COMPLETIONS).action(), ..self.clone() };
-        chat.demand_model(model).is_ok()
+        self.demand_model_for(Route::Generation(paths::CHAT_COMPLETIONS).action(), model).is_ok()
     }
 
     /// Whether the request may go to a node at this site.

@@ -155,8 +155,17 @@ impl Policies {
     }
 
     /// Refuses what `who` may not do; the name of a rule is nothing for a client.
-    pub(crate) fn demand(&self, who: impl FnOnce() -> Who, action: &str, resource: &str) -> Result<(), ApiError> {
-        if self.0.is_empty() || self.decide(&who(), action, resource).is_allowed() {
+    pub(crate) fn demand(
+        &self,
+        who: impl FnOnce() -> Who,
+        action: &str,
+        resource: fmt::Arguments<'_>,
+    ) -> Result<(), ApiError> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let resource = resource.to_string();
+        if self.decide(&who(), action, &resource).is_allowed() {
             return Ok(());
         }
         let resource: String = resource.chars().take(200).collect();

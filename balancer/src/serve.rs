@@ -35,7 +35,7 @@ use crate::{
     record::{Books, Record},
     relay::Generation,
     route::{self, Route},
-    sessions::{self, Dialogue, Sessions, Turn},
+    sessions::{self, Dialogue, Question, Sessions},
     strict,
 };
 
@@ -59,6 +59,13 @@ pub(crate) struct Edge {
     pub(crate) open: Arc<OpenRequests>,
     pub(crate) options: HttpServerOptions,
     pub(crate) started: Instant,
+}
+
+/// A question, its dialogue, and what was said in it so far.
+struct GoingOn {
+    question: Question,
+    key: sessions::Key,
+    so_far: Dialogue,
 }
 
 /// What the cache has of a request.
@@ -208,7 +215,7 @@ impl Edge {
         if let Ok(route) = route {
             (record.ctx.action, record.ctx.policies) = (route.action(), Arc::clone(&live.config.policies));
             if !matches!(route, Route::Generation(_)) {
-                record.ctx.demand(&format!("path:{}", record.ctx.path))?;
+                record.ctx.demand_path()?;
             }
         }
         let _place = self.places.enter(limits.concurrent_requests_max)?;
@@ -275,9 +282,9 @@ impl Edge {
         };
         record.asked(&body);
         let wish = Wish::read(&body)?;
-        let dialogue = self.dialogue(path, record, &wish)?;
-        let (body, prefers) = match &dialogue {
-            Some((_, so_far)) if !so_far.messages.is_empty() => {
+        let going_on = self.dialogue(path, record, &body)?;
+        let (body, prefers) = match &going_on {
+            Some(GoingOn { so_far, .. }) if !so_far.messages.is_empty() => {
                 (body::with_field(&body, HISTORY, &so_far.messages), so_far.node.clone())
             }
             _ => (body, None),
@@ -286,14 +293,14 @@ impl Edge {
         if let Found::Hit(kept) = found {
             account.reserve(0, live.rules(), &mut record.ctx).await?;
             record.answered(200);
-            self.remember(live, dialogue.map(|(key, _)| key), &kept.body, wish, record);
+            self.remember(live, going_on, &kept.body, wish.stream, record);
             let answer = Answer { media_type: kept.media_type.into(), ..Answer::json(200, kept.body) };
             return Ok(answer::write(session, record.ctx.stamp(), None, answer).await.into());
         }
         let body_bytes = body.len();
         let estimate = wish.tokens_estimate(body_bytes, live.config.limits.quotas.answer_tokens);
         account.reserve(estimate, live.rules(), &mut record.ctx).await?;
-        if dialogue.is_some() {
+        if going_on.is_some() {
             record.ctx.copy_bytes_max = record.ctx.copy_bytes_max.max(live.config.sessions.answer_bytes_max());
         }
         let mut generation = Generation::new(path, body, &wish);
@@ -306,29 +313,24 @@ impl Edge {
                 self.cache.put(key, Kept { media_type, body: copy.clone() }, config, Instant::now());
                 self.metrics.show_cache(self.cache.size());
             }
-            self.remember(live, dialogue.map(|(key, _)| key), &copy, wish, record);
+            self.remember(live, going_on, &copy, wish.stream, record);
         }
         Ok(ended)
     }
 
     /// The dialogue that a question goes on with, and what was said in it.
-    fn dialogue(
-        &self,
-        path: &'static str,
-        record: &Record,
-        wish: &Wish,
-    ) -> Result<Option<(sessions::Key, Dialogue)>, ApiError> {
-        let Some((id, _)) = wish.session.as_ref().filter(|_| path == paths::API_CHAT) else { return Ok(None) };
-        let owner = record.ctx.payer().unwrap_or_default();
-        let key = sessions::key(&owner, id)?;
-        Ok(Some((key, self.sessions.get(&key, Instant::now()))))
+    fn dialogue(&self, path: &'static str, record: &Record, body: &[u8]) -> Result<Option<GoingOn>, ApiError> {
+        let question = if path == paths::API_CHAT { Question::read(body)? } else { None };
+        let Some(question) = question else { return Ok(None) };
+        let key = question.key(&record.ctx.payer().unwrap_or_default())?;
+        Ok(Some(GoingOn { question, key, so_far: self.sessions.get(&key, Instant::now()) }))
     }
 
     /// A question of a dialogue has been answered.
-    fn remember(&self, live: &Live, key: Option<sessions::Key>, answer: &[u8], wish: Wish, record: &Record) {
-        let Some(key) = key else { return };
-        let (Some(answer), Some((_, query))) = (sessions::answer_in(answer, wish.stream), wish.session) else { return };
-        let turn = Turn { query, answer, node: record.node.clone() };
+    fn remember(&self, live: &Live, going_on: Option<GoingOn>, answer: &[u8], is_stream: bool, record: &Record) {
+        let Some(GoingOn { question, key, .. }) = going_on else { return };
+        let Some(answer) = sessions::answer_in(answer, is_stream) else { return };
+        let turn = question.answered(answer, record.node.clone());
         self.sessions.add(key, turn, &live.config.sessions, Instant::now());
         self.metrics.show_sessions(self.sessions.size());
     }
@@ -346,16 +348,17 @@ impl Edge {
         let Some(config) = &live.config.cache else { return Ok(Found::Nothing) };
         let snapshot = live.relay.pool.load();
         let wants = session.get_header(CACHE_CONTROL).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let wants = wants.to_ascii_lowercase();
         let found = route::pool(&snapshot, wish.model.as_deref()).ok();
         let known = found.and_then(|(model, pool)| Some((model, pool.fingerprint()?)));
         let Some((model, fingerprint)) = known.filter(|_| !wants.contains("no-store")) else {
             return Ok(self.looked(record, "bypass", Found::Nothing));
         };
         record.ctx.demand_model(model)?;
+        let owner = record.ctx.payer().unwrap_or_default();
         let principal = record.ctx.principal.as_deref();
-        let owner = principal.map(|principal| &*principal.owner);
         let sites = principal.and_then(|principal| principal.grant.sites.as_deref()).unwrap_or_default();
-        let asked = Asked { path, model, fingerprint, owner, sites, body, wish };
+        let asked = Asked { path, model, fingerprint, owner: &owner, sites, body, wish };
         let Some(key) = asked.key(config) else { return Ok(self.looked(record, "bypass", Found::Nothing)) };
         model.clone_into(&mut record.model);
         match self.cache.get(&key, Instant::now()).filter(|_| !wants.contains("no-cache")) {

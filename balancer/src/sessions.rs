@@ -11,6 +11,7 @@ use std::{
 use bytesize::ByteSize;
 use lru::LruCache;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tidegate_common::{config::Reader, contract::ApiError, ids::NodeId};
 use tokio::time::Instant;
@@ -55,11 +56,45 @@ impl SessionsConfig {
     }
 }
 
+/// A question that goes on with a dialogue.
+pub(crate) struct Question {
+    id: String,
+    query: String,
+}
+
+impl Question {
+    /// Reads a body of `/api/v1/chat`; none where it names no session. A query that is none is the node's to refuse.
+    pub(crate) fn read(body: &[u8]) -> Result<Option<Self>, ApiError> {
+        #[derive(Deserialize)]
+        struct Raw {
+            session_id: Option<Value>,
+            query: Option<Value>,
+        }
+        let raw = serde_json::from_slice::<Raw>(body).unwrap_or(Raw { session_id: None, query: None });
+        match (raw.session_id, raw.query) {
+            (None, _) => Ok(None),
+            (Some(Value::String(id)), Some(Value::String(query))) => Ok(Some(Self { id, query })),
+            (Some(Value::String(_)), _) => Ok(None),
+            (Some(_), _) => Err(ApiError::invalid("session_id", "'session_id' must be text")),
+        }
+    }
+
+    /// Of whose dialogue it is, and which.
+    pub(crate) fn key(&self, owner: &str) -> Result<Key, ApiError> {
+        key(owner, &self.id)
+    }
+
+    /// It was answered so.
+    pub(crate) fn answered(self, answer: String, node: Option<NodeId>) -> Turn {
+        Turn { query: self.query, answer, node }
+    }
+}
+
 /// One dialogue of one owner.
 pub(crate) type Key = [u8; 32];
 
 /// The key of a session that a client has named.
-pub(crate) fn key(owner: &str, id: &str) -> Result<Key, ApiError> {
+fn key(owner: &str, id: &str) -> Result<Key, ApiError> {
     if id.is_empty() || id.len() > ID_BYTES_MAX || id.chars().any(char::is_control) {
         return Err(ApiError::invalid(
             "session_id",
@@ -173,10 +208,10 @@ impl Shelf {
 
 /// A question with its answer.
 pub(crate) struct Turn {
-    pub(crate) query: String,
-    pub(crate) answer: String,
+    query: String,
+    answer: String,
     /// Who answered, where that was a node.
-    pub(crate) node: Option<NodeId>,
+    node: Option<NodeId>,
 }
 
 /// The text in an answer of `/api/v1/chat`, whole or as events.

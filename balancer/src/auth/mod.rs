@@ -172,16 +172,18 @@ impl Auth {
         let cached = self.verified().get(&hash).cloned();
         let cached = match cached.filter(|cached| now < cached.ends) {
             Some(cached) => cached,
-            None => self.verify(given, now).await?,
+            None => {
+                let verified = self.verify(given, now).await?;
+                self.verified().put(hash, verified.clone());
+                verified
+            }
         };
         // what may have changed since its signature was checked
         if let (Some(key), Some(keys), Some(tokens)) = (&cached.key, &self.keys, &self.tokens) {
             keys.by_id(key, now)?;
             tokens.demand_unrevoked(&cached.principal.credential.id)?;
         }
-        let principal = Arc::clone(&cached.principal);
-        self.verified().put(hash, cached);
-        Ok(principal)
+        Ok(cached.principal)
     }
 
     async fn verify(&self, given: &[u8], now: UnixSeconds) -> Result<Cached, ApiError> {

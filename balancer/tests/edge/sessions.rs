@@ -77,6 +77,14 @@ async fn a_stream_is_remembered_when_it_has_ended_well_and_not_before() {
     house.node("n0").script(says("Scattering."));
     ask(&house, "", Some("s"), "Why?").await;
     assert_eq!(house.asked().await.json()["history"], history, "the question without an answer is not in it");
+    let foreign = json!({"model": "tiny", "messages": [], "session_id": 7});
+    assert_eq!(
+        house.post("/v1/chat/completions", &foreign).await.status(),
+        200,
+        "elsewhere the field is nobody's business"
+    );
+    let response = house.post(PATH, &json!({"query": "a", "session_id": 7})).await;
+    assert!(response.status() == 400 && response.text().await.unwrap().contains("session_id"));
     let response = house.post(PATH, &json!({"query": "a", "session_id": ""})).await;
     assert!(response.status() == 400 && response.text().await.unwrap().contains("session_id"));
 }
